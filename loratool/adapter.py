@@ -1,0 +1,141 @@
+"""An adapter as a lazy, ordered mapping from parameter names to updates.
+
+Names are the parameters' names in memory of the model class that the adapter was made for
+("bert.encoder.layer.0.attention.self.query.weight"). Which tensor of which base that is, is the
+business of `loratool.binding`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratool.checkpoint import LazyTensor
+from loratool.errors import Problem
+from loratool.linalg import Certificate
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """delta = scale * B @ A (Hu et al., 2021, "LoRA", section 4.1).
+
+    Attributes:
+        a: (r, in).
+        b: (out, r).
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        certificate: what its maker measured of its error, if it was extracted just now.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+    certificate: Certificate | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The whole tensor is replaced; a weight cannot scale it.
+
+    Attributes:
+        tensor: the new value.
+        relative_norm: ||new - old||_F / ||old||_F where there is an old one, for reports.
+    """
+
+    tensor: LazyTensor
+    relative_norm: float | None = None
+
+
+Update = LowRank | Replacement
+
+
+@dataclass(frozen=True)
+class LazyUpdate:
+    """An update that is read or computed only when asked for.
+
+    Attributes:
+        name: the parameter that it changes.
+        kind: "low_rank" or "replacement".
+        shape: (out, in) of the delta for low_rank; the new tensor's shape for replacement.
+        dtype: safetensors name of the factors' or the replacement's dtype.
+        load: reads or computes it. None means that there is nothing to change after all: an
+            extraction finds out only on reading that a tensor is the same in both models.
+        rank: the rank, where headers tell it.
+        origin: the file it comes from, for messages.
+        transposed: whether the base stores this weight as (in, out) (GPT-2's Conv1D).
+            None: the file does not say.
+        stored: the tensors that it is made of as they lie in the file, for validation.
+    """
+
+    name: str
+    kind: Literal["low_rank", "replacement"]
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Update | None] = field(repr=False, compare=False)
+    rank: int | None = None
+    origin: str = ""
+    transposed: bool | None = None
+    stored: tuple[LazyTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter(Mapping[str, LazyUpdate]):
+    """Updates by parameter name, with what the base cannot know.
+
+    Attributes:
+        updates: parameter name to update, in order.
+        model_files: the fine-tuned model's config.json, generation config and tokenizer: relative
+            name to where its content is, or to the content itself.
+        model_config: the parsed config.json among them, or None.
+        dropped: names of base tensors that the fine-tuned model does not have.
+        task_type: PEFT's name of the task ("SEQ_CLS"), or None.
+        base_name: the base model's Hub id, or "".
+        context: the tensors of the fine-tuned model by the same names, for formats that can only
+            store whole modules. Empty for an adapter read from a file.
+        kinds: parameter name -> the kind of module in the fine-tuned model (`loratool.skeleton`).
+        tied: names that the fine-tuned model ties to another parameter -> that parameter.
+        settings: the adapter's own configuration file, as read.
+        problems: what was already wrong with its files on opening.
+        left_out: changes that were not asked for: measured and reported, never written.
+        facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
+        path: where it was opened, or None if it was computed.
+    """
+
+    updates: Mapping[str, LazyUpdate]
+    model_files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    model_config: Mapping[str, Any] | None = None
+    dropped: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_name: str = ""
+    context: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
+    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    path: Path | None = None
+
+    def __getitem__(self, name: str) -> LazyUpdate:
+        return self.updates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return str(self.path) if self.path is not None else "<extracted adapter>"

@@ -1,0 +1,168 @@
+"""Which tensor of a base each update of an adapter changes, and how.
+
+Prefixes, orientation, tied weights, heads that the base lacks: all of that is decided here, from
+headers alone, and everything that does not fit is collected rather than raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loratool.adapter import Adapter, LazyUpdate
+from loratool.alignment import Alignment, align
+from loratool.checkpoint import Checkpoint
+from loratool.dtypes import is_float
+from loratool.errors import MismatchError, Problem
+from loratool.skeleton import Skeleton, build_skeleton
+
+
+# Companions of quantized weights in the common schemes.
+_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
+
+
+@dataclass(frozen=True)
+class BoundUpdate:
+    """An update with the tensor that it changes.
+
+    Attributes:
+        update: the update.
+        tensor: the base tensor's name; for a tensor that the base lacks, the name it gets.
+        transposed: whether the base stores the weight as (in, out).
+    """
+
+    update: LazyUpdate
+    tensor: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An adapter's updates by base tensor.
+
+    Attributes:
+        changed: base tensor name -> what changes it.
+        added: tensors that the base lacks, by the adapter's name for them.
+        dropped: base tensors that the fine-tuned model does not have.
+        alignment: how the adapter's names stand for the base's.
+        problems: everything that does not fit.
+    """
+
+    changed: Mapping[str, BoundUpdate] = field(default_factory=dict)
+    added: Mapping[str, BoundUpdate] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    alignment: Alignment = field(default_factory=lambda: Alignment({}))
+    problems: tuple[Problem, ...] = ()
+
+
+def bind(adapter: Adapter, base: Checkpoint) -> Binding:
+    """Bind every update to a tensor of `base`, by headers only; nothing is raised."""
+    problems = list(adapter.problems)
+    shapes = {name: tensor.shape for name, tensor in base.items()}
+    try:
+        alignment = align({name: update.shape for name, update in adapter.items()}, shapes)
+    except MismatchError as error:
+        return Binding(problems=(*problems, Problem("error", adapter.label, str(error))))
+    skeleton = build_skeleton(base.config, shapes)
+    changed: dict[str, BoundUpdate] = {}
+    added: dict[str, BoundUpdate] = {}
+    for name, update in adapter.items():
+        target = alignment.pairs.get(name)
+        if target is not None:
+            bound, found = _fit(update, target, base, skeleton)
+            changed[target] = bound
+        elif _is_tied_twin(name, adapter, alignment, skeleton):
+            found = []
+        elif update.kind == "replacement":
+            added[name] = BoundUpdate(update, name)
+            found = _check_addition(update, adapter)
+        else:
+            found = [_missing(name, alignment, base)]
+        problems.extend(found)
+    changed |= _tied_copies(changed, base, skeleton)
+    dropped = tuple(name for name in adapter.dropped if name in base)
+    return Binding(changed, added, dropped, alignment, tuple(problems))
+
+
+def _fit(
+    update: LazyUpdate, target: str, base: Checkpoint, skeleton: Skeleton
+) -> tuple[BoundUpdate, list[Problem]]:
+    tensor = base[target]
+    if update.kind == "replacement":
+        same_rows = len(tensor.shape) == len(update.shape) and tensor.shape[1:] == update.shape[1:]
+        severity: Literal["error", "warning"] = "warning" if same_rows else "error"
+        problems = []
+        if tensor.shape != update.shape:
+            message = "the adapter replaces it by a tensor of another shape"
+            problems = [
+                Problem(severity, update.name, message, f"{tensor.shape}", f"{update.shape}")
+            ]
+        return BoundUpdate(update, target), problems
+    problems = []
+    transposed = _is_transposed(update, target, tensor.shape, skeleton)
+    expected = tensor.shape[::-1] if transposed else tensor.shape
+    if update.shape != expected:
+        message = f"B @ A does not have the shape of {target} in the base"
+        problems.append(
+            Problem("error", update.name, message, f"{expected}", f"{update.shape}")
+        )
+    if not is_float(tensor.dtype):
+        message = f"{target} is quantized or integer in the base: updates cannot be added to it"
+        problems.append(Problem("error", update.name, message, "a float dtype", tensor.dtype))
+    if any(f"{target}{end}" in base for end in _SCALE_SUFFIXES):
+        message = f"{target} is stored with block scales: updates cannot be added to its codes"
+        problems.append(Problem("error", update.name, message))
+    if target in skeleton.tied and skeleton.tied[target] in base:
+        message = f"is tied to {skeleton.tied[target]} in the base: merging would change both"
+        problems.append(Problem("error", update.name, message))
+    return BoundUpdate(update, target, transposed), problems
+
+
+def _is_transposed(
+    update: LazyUpdate, target: str, shape: tuple[int, ...], skeleton: Skeleton
+) -> bool:
+    """As PEFT decides: the module's class wins over what the adapter's config says."""
+    kind = skeleton.kinds.get(target, "other")
+    if kind in ("linear", "conv1d"):
+        return kind == "conv1d"
+    if update.transposed is not None:
+        return update.transposed
+    return shape != update.shape and shape == update.shape[::-1]
+
+
+def _is_tied_twin(
+    name: str, adapter: Adapter, alignment: Alignment, skeleton: Skeleton
+) -> bool:
+    """Whether `name` only repeats, for PEFT, the embedding that it is tied to."""
+    twin = adapter.tied.get(name) or skeleton.tied.get(name)
+    return twin is not None and twin in adapter and twin in alignment.pairs
+
+
+def _check_addition(update: LazyUpdate, adapter: Adapter) -> list[Problem]:
+    if adapter.model_config is not None:
+        return []
+    message = (
+        "the base has no such tensor: it is added, but the base's config.json may describe a "
+        "model without it"
+    )
+    return [Problem("warning", update.name, message)]
+
+
+def _missing(name: str, alignment: Alignment, base: Checkpoint) -> Problem:
+    expected = alignment.prefix_there + name.removeprefix(alignment.prefix_here)
+    close = [other for other in base if other.rpartition(".")[0].endswith(name.split(".")[-2])]
+    hint = f"; the base has {close[0]}" if close else ""
+    return Problem("error", name, f"the base has no tensor {expected}{hint}")
+
+
+def _tied_copies(
+    changed: Mapping[str, BoundUpdate], base: Checkpoint, skeleton: Skeleton
+) -> dict[str, BoundUpdate]:
+    """Tensors that the base stores a second time under the name of a tied parameter."""
+    copies = {}
+    for name, twin in {**skeleton.tied, **base.aliases}.items():
+        if name in base and name not in changed and twin in changed:
+            bound = changed[twin]
+            copies[name] = BoundUpdate(bound.update, name, bound.transposed)
+    return copies

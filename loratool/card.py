@@ -1,0 +1,71 @@
+"""The model card of an adapter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from loratool.adapter import Adapter
+from loratool.outcome import Outcome
+from loratool.refs import parse_ref
+from loratool.reports import format_share
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a base's name can be published: a Hub id, not a path of this machine."""
+    ref = parse_ref(name)
+    return ref.path is None and ref.repo is not None
+
+
+def model_card(adapter: Adapter, outcome: Outcome) -> str:
+    """README.md for an adapter: Hub metadata, what it is, how good it is, how to load it.
+
+    Nothing in it depends on where files lie on this machine.
+    """
+    base = adapter.base_name if is_hub_name(adapter.base_name) else ""
+    architecture = ((adapter.model_config or {}).get("architectures") or ["AutoModel"])[0]
+    header = ["---", "library_name: peft", "tags:", "- lora", "- loratool"]
+    if base:
+        header += [f"base_model: {base}", "base_model_relation: adapter"]
+    header.append("---")
+    ranks = sorted({c.rank for c in outcome.low_rank.values()})
+    lines = [
+        *header,
+        "",
+        "# LoRA adapter",
+        "",
+        f"The difference between a fine-tuned `{architecture}` and its base"
+        + (f" [{base}](https://huggingface.co/{base})" if base else "")
+        + ", as a low-rank adapter extracted by loratool.",
+        "",
+        f"- {len(outcome.low_rank)} low-rank updates of rank "
+        + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"),
+        f"- {len(outcome.replaced)} tensors kept whole",
+        f"- {format_share(outcome.energy)} of the squared norm of the low-rank deltas captured",
+        "",
+        "| module | updates | energy, lowest | energy, mean |",
+        "|---|---|---|---|",
+        *_by_module(outcome),
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import AutoConfig, {architecture}",
+        "",
+        'config = AutoConfig.from_pretrained("ADAPTER/model")',
+        f'base = {architecture}.from_pretrained("{base or "BASE"}", config=config)',
+        'model = PeftModel.from_pretrained(base, "ADAPTER")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _by_module(outcome: Outcome) -> list[str]:
+    energies = defaultdict(list)
+    for name, certificate in outcome.low_rank.items():
+        module = ".".join(part for part in name.split(".")[-4:-1] if not part.isdigit())
+        energies[module].append(certificate.energy)
+    return [
+        f"| {module} | {len(shares)} | {format_share(min(shares))} "
+        f"| {format_share(sum(shares) / len(shares))} |"
+        for module, shares in energies.items()
+    ]

@@ -1,0 +1,58 @@
+"""The `loratool` command: one subcommand for each registered step."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from loratool import plugins
+from loratool.cli.commands import step_command
+from loratool.cli.output import print_error, print_plugins
+from loratool.errors import LoratoolError, UsageError
+
+
+class Verbs(click.Group):
+    """Loads a verb's module only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all steps, and `plugins`."""
+        return sorted([*plugins.names("steps"), *super().list_commands(ctx)])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a step."""
+        if cmd_name in plugins.names("steps"):
+            return step_command(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loratool")
+def cli() -> None:
+    """LoRA adapters: extract, validate, merge, export."""
+
+
+@cli.command("plugins")
+def list_plugins() -> None:
+    """List everything that is registered, and what fails to import."""
+    print_plugins()
+
+
+def main() -> None:
+    """Run the command line; expected errors become one message and exit status 1."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UsageError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except LoratoolError as error:
+        print_error(str(error))
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted; nothing was written")
+        sys.exit(1)

@@ -1,0 +1,123 @@
+"""What a person sees: progress while it runs, a report at the end, one message on error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratool import plugins
+from loratool.errors import PluginError
+from loratool.reports import Report, Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def print_error(message: str, kind: str = "Error") -> None:
+    """One message on standard error."""
+    click.echo(f"{kind}: {message}", err=True)
+
+
+def print_report(report: Report, as_json: bool, quiet: bool) -> None:
+    """The report on standard output, its notes on standard error."""
+    for note in report.notes:
+        print_error(note, "Note")
+    if as_json:
+        click.echo(json.dumps(report.data, indent=2, sort_keys=True))
+        return
+    if quiet and report.ok:
+        return
+    if report.table is not None and report.table.rows:
+        _print_table(report.table)
+    click.echo(report.title)
+    for line in report.lines:
+        click.echo(f"  {line}")
+
+
+def _print_table(table: Table) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    # Names are not cut where nobody looks at a terminal's width.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        numeric = number > 0 and all(_is_number(row[number]) for row in table.rows)
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows:
+        grid.add_row(*map(_escape, row))
+    console.print(grid)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell == "no update"
+
+
+def _escape(cell: str) -> str:
+    from rich.markup import escape
+
+    return escape(cell)
+
+
+def print_plugins() -> None:
+    """Every registered plugin: kind, name, distribution, and whether it can be imported."""
+    for kind in plugins.KINDS:
+        click.echo(kind)
+        for name in plugins.names(kind):
+            try:
+                state = (plugins.load(kind, name).__doc__ or "").strip().partition("\n")[0]
+            except PluginError as error:
+                state = f"BROKEN: {error}"
+            click.echo(f"  {name:<14}{plugins.distribution(kind, name):<12}{state}")
+
+
+class ProgressBar:
+    """A progress bar on a terminal, silence elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._quiet = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def start(self, what: str, size: int) -> None:
+        """Begin: `size` bytes are to be worked on (0: unknown)."""
+        if self._quiet:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[tensor]}", style="dim"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(what, total=size or None, tensor="")
+
+    def advance(self, name: str, size: int) -> None:
+        """One more tensor is done."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=size, tensor=name)

@@ -1,0 +1,166 @@
+"""From two tensors to an update: the difference, whether there is one, and its factors.
+
+Everything here touches values; the steps that plan it touch headers only.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import blake3
+import torch
+
+from loratool.adapter import LowRank, Replacement
+from loratool.checkpoint import LazyTensor
+from loratool.digests import TensorDigest, combine_digests
+from loratool.dtypes import torch_dtype
+from loratool.errors import InputError
+from loratool.linalg import Certificate, Factorization, Factorizer, RankPolicy
+
+_TILE_ELEMENTS = 1 << 18
+
+
+class DeltaReader:
+    """Reads pairs of tensors, and remembers the digest of everything it has read.
+
+    Tasks of several threads share one reader; each thread has its own buffers, reused from tensor
+    to tensor because fresh large allocations cost more than the arithmetic.
+    """
+
+    def __init__(self, factorizer: Factorizer, policy: RankPolicy, seed: int) -> None:
+        self._factorizer = factorizer
+        self._policy = policy
+        self._seed = seed
+        self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
+        self._local = threading.local()
+
+    def base_digests(self) -> dict[str, Any]:
+        """Digests of the base's tensors that were read."""
+        return _digest_facts(self._digests["base"])
+
+    def tuned_digests(self) -> dict[str, Any]:
+        """Digests of the fine-tuned model's tensors that were read."""
+        return _digest_facts(self._digests["tuned"])
+
+    def factorize(
+        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+    ) -> LowRank | None:
+        """Factorize tuned - base, or None if they are equal.
+
+        Args:
+            base: (out, in), or (in, out) if `transposed`.
+            tuned: of the same shape.
+            transposed: whether both are stored as (in, out).
+            dtype: the factors' safetensors dtype.
+
+        Raises:
+            InputError: NaN or Inf in either, named.
+        """
+        if self._read(base, tuned):
+            return None
+        before, after = base.read(), tuned.read()
+        delta = self._delta(before, after)
+        try:
+            found = self._factorizer.factorize(delta, self._policy, self._generator(tuned.name))
+        except InputError as error:
+            raise _name_culprit(base, tuned, error) from error
+        a, b = found.a, found.b
+        if transposed:
+            a, b = b.T.contiguous(), a.T.contiguous()
+        return _rounded(a, b, found, dtype)
+
+    def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
+        """Keep `tuned` whole, or None if it equals `base`.
+
+        Raises:
+            InputError: NaN or Inf where the base has none.
+        """
+        if base is None:
+            self._digest("tuned", tuned)
+            _require_finite(tuned)
+            return Replacement(tuned)
+        if self._read(base, tuned):
+            return None
+        if base.shape != tuned.shape:
+            _require_finite(tuned)
+            return Replacement(tuned)
+        before, after = base.read().double(), tuned.read().double()
+        norm = float(before.norm())
+        change = float((after - before).norm())
+        if not math.isfinite(change):
+            raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+        return Replacement(tuned, change / norm if norm else math.inf)
+
+    def _read(self, base: LazyTensor, tuned: LazyTensor) -> bool:
+        """Digest both; whether they are the same tensor."""
+        return self._digest("base", base) == self._digest("tuned", tuned)
+
+    def _digest(self, side: str, tensor: LazyTensor) -> str:
+        digest = TensorDigest(tensor.dtype, tensor.shape)
+        for block in tensor.blocks():
+            digest.update(block)
+        found = self._digests[side][tensor.name] = digest.hexdigest()
+        return found
+
+    def _generator(self, name: str) -> torch.Generator:
+        """Random numbers that depend on the seed and the tensor's name, not on the order of work."""
+        digest = blake3.blake3(f"{self._seed}\0{name}".encode()).digest(8)
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""
+        count = before.numel()
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.numel() < count:
+            self._local.buffer = buffer = torch.empty(count)
+        delta: torch.Tensor = buffer[:count].view(before.shape)
+        step = max(1, _TILE_ELEMENTS // max(1, before.shape[1]))
+        for start in range(0, before.shape[0], step):
+            tile = delta[start : start + step]
+            tile.copy_(after[start : start + step])
+            tile.sub_(before[start : start + step])
+        return delta
+
+
+def _digest_facts(digests: dict[str, str]) -> dict[str, Any]:
+    return {"digest": combine_digests(digests), "tensors": dict(sorted(digests.items()))}
+
+
+def _rounded(a: torch.Tensor, b: torch.Tensor, found: Factorization, dtype: str) -> LowRank:
+    """Round the factors to their dtype, and add what that costs to the certificate.
+
+    ||B A - B' A'||^2 is a trace of products of the small Gram matrices of [B, B'] and [A; -A'].
+    """
+    kind = torch_dtype(dtype)
+    a_rounded, b_rounded = a.to(kind), b.to(kind)
+    columns = torch.cat([b, b_rounded.float()], dim=1).double()
+    rows = torch.cat([a, -a_rounded.float()], dim=0).double()
+    rounding = float(((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0))
+    c = found.certificate
+    certificate = Certificate(
+        c.rank, c.total, c.captured, rounding, c.optimum_bound, c.method, c.steps
+    )
+    return LowRank(a_rounded.contiguous(), b_rounded.contiguous(), 1.0, certificate)
+
+
+def _require_finite(tensor: LazyTensor) -> None:
+    if not _is_finite(tensor):
+        raise InputError(f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it first")
+
+
+def _is_finite(tensor: LazyTensor) -> bool:
+    value = tensor.read()
+    return not value.is_floating_point() or bool(torch.isfinite(value.float()).all())
+
+
+def _name_culprit(base: LazyTensor, tuned: LazyTensor, error: InputError) -> InputError:
+    """Say which of the two tensors holds NaN or Inf."""
+    for tensor in (base, tuned):
+        if not _is_finite(tensor):
+            return InputError(
+                f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it, or leave it out "
+                "with --exclude"
+            )
+    return InputError(f"{tuned.origin}: {tuned.name}: {error}")

@@ -1,0 +1,152 @@
+"""Drains lazy results: runs their tasks, tells progress, writes, and reports.
+
+One intra-op thread a task, so that results do not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loratool import plugins
+from loratool.adapter import Adapter, LazyUpdate, Update
+from loratool.card import model_card
+from loratool.checkpoint import Checkpoint
+from loratool.dtypes import itemsize
+from loratool.outcome import Outcome
+from loratool.reports import Report
+from loratool.writer import atomic_directory, write_checkpoint, write_file, write_side_files
+
+Progress = Callable[[str, int], None]
+MANIFEST = "loratool.json"
+
+
+def no_progress(name: str, size: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Drain:
+    """How a lazy result is drained.
+
+    Attributes:
+        executor: an executor's name, with options ("threads:workers=4").
+        overwrite: whether a non-empty output directory may be replaced.
+        start: is told what is about to be done and how many bytes it reads or writes.
+        progress: is told each tensor's name and bytes as it is done.
+    """
+
+    executor: str = "threads"
+    overwrite: bool = False
+    start: Callable[[str, int], None] = no_progress
+    progress: Progress = no_progress
+
+
+@contextmanager
+def single_threaded_tasks() -> Iterator[None]:
+    """One intra-op thread for every task started inside the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def save_adapter(
+    adapter: Adapter, target: Path, drain: Drain, format_name: str = "peft"
+) -> Report:
+    """Compute every update of an adapter and write it, with its manifest and model card.
+
+    Raises:
+        InputError: nothing differs, or a tensor holds NaN or Inf.
+        OutputError: the output place is taken or too small.
+    """
+    writer = plugins.create("adapter_formats", format_name)
+    executor = plugins.create("executors", drain.executor)
+    outcome = Outcome(adapter)
+    updates = [*adapter.values(), *adapter.left_out.values()]
+    with atomic_directory(target, drain.overwrite, _largest_size(adapter)) as folder:
+        drain.start("Extracting", sum(_delta_bytes(update) for update in updates))
+        with single_threaded_tasks():
+            results = outcome.watch(_compute(list(adapter.values()), executor, drain))
+            writer.write(adapter, results, folder)
+            for update, found in _compute(list(adapter.left_out.values()), executor, drain):
+                outcome.leave_out(update, found)
+        outcome.check()
+        write_side_files({f"model/{n}": c for n, c in adapter.model_files.items()}, folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        data = {"loratool": version("loratool"), **outcome.data(size), "run": run_facts()}
+        write_file(folder / "README.md", model_card(adapter, outcome).encode())
+        write_file(folder / MANIFEST, manifest(data))
+    return outcome.report(target, size, data)
+
+
+def _compute(
+    updates: list[LazyUpdate], executor: plugins.Executor, drain: Drain
+) -> Iterator[tuple[LazyUpdate, Update | None]]:
+    def load(update: LazyUpdate) -> tuple[LazyUpdate, Update | None]:
+        return update, update.load()
+
+    for update, found in executor.map(load, updates):
+        drain.progress(update.name, _delta_bytes(update))
+        yield update, found
+
+
+def _delta_bytes(update: LazyUpdate) -> int:
+    size = itemsize(update.dtype)
+    for dimension in update.shape:
+        size *= dimension
+    return size
+
+
+def _largest_size(adapter: Adapter) -> int:
+    """The most bytes that an adapter's file can take."""
+    total = 0
+    for update in adapter.values():
+        if update.kind == "low_rank" and update.rank is not None:
+            total += update.rank * sum(update.shape) * itemsize(update.dtype)
+        else:
+            total += _delta_bytes(update)
+    return total
+
+
+def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> None:
+    """Compute every tensor of a checkpoint and write it.
+
+    Raises:
+        InputError: a tensor holds NaN or Inf.
+        OutputError: the output place is taken or too small.
+    """
+    executor = plugins.create("executors", drain.executor)
+    with atomic_directory(target, drain.overwrite, checkpoint.nbytes) as folder:
+        drain.start("Writing", checkpoint.nbytes)
+        with single_threaded_tasks():
+            write_checkpoint(checkpoint, folder, executor, drain.progress)
+
+
+def manifest(data: Mapping[str, Any]) -> bytes:
+    """A manifest's bytes."""
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+
+
+def run_facts() -> dict[str, Any]:
+    """What belongs to this run alone: versions, time, machine."""
+    import torch
+
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,133 @@
+"""What became of every update of an adapter while it was drained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
+from loratool.errors import InputError
+from loratool.linalg import Certificate
+from loratool.reports import Report, Table, format_bytes, format_share
+
+
+@dataclass
+class Outcome:
+    """Collects certificates and norms, one tensor at a time.
+
+    Attributes:
+        adapter: what is drained.
+        low_rank: name -> the certificate of its factors.
+        replaced: name -> relative norm of the change (None: the base has no such tensor).
+        left_out: the same for what `--lora-only` left out.
+        unchanged: how many tensors turned out to be equal in both models.
+    """
+
+    adapter: Adapter
+    low_rank: dict[str, Certificate] = field(default_factory=dict)
+    replaced: dict[str, float | None] = field(default_factory=dict)
+    left_out: dict[str, float | None] = field(default_factory=dict)
+    unchanged: int = 0
+
+    def watch(
+        self, results: Iterable[tuple[LazyUpdate, Update | None]]
+    ) -> Iterator[tuple[LazyUpdate, Update | None]]:
+        """Pass results on and remember what they say."""
+        for update, found in results:
+            if isinstance(found, LowRank):
+                self.low_rank[update.name] = found.certificate or Certificate(found.rank, 0, 0)
+            elif isinstance(found, Replacement):
+                self.replaced[update.name] = found.relative_norm
+            else:
+                self.unchanged += 1
+            yield update, found
+
+    def leave_out(self, update: LazyUpdate, found: Update | None) -> None:
+        """Remember a change that is not written."""
+        if isinstance(found, Replacement):
+            self.left_out[update.name] = found.relative_norm
+
+    def check(self) -> None:
+        """Raise InputError if there was nothing to write."""
+        if self.low_rank or self.replaced:
+            return
+        if self.left_out:
+            raise InputError(
+                "only tensors that low-rank factors cannot express have changed "
+                f"({', '.join(list(self.left_out)[:4])}, ...); leave --lora-only out"
+            )
+        raise InputError("base and fine-tune are identical: there is nothing to extract")
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared norm of all low-rank deltas together that was captured."""
+        total = sum(c.total for c in self.low_rank.values())
+        return sum(c.captured for c in self.low_rank.values()) / total if total > 0 else 1.0
+
+    def data(self, size: int) -> dict[str, Any]:
+        """Everything for the manifest; plain values that depend on the inputs alone."""
+        tensors: dict[str, Any] = {}
+        for name, c in self.low_rank.items():
+            tensors[name] = {
+                "kind": "low_rank",
+                "shape": list(self.adapter[name].shape),
+                "rank": c.rank,
+                "energy": c.energy,
+                "relative_error": c.relative_error,
+                "share_of_optimum_at_least": c.captured / c.optimum_bound
+                if c.optimum_bound > 0
+                else 1.0,
+                "delta_norm": c.total**0.5,
+                "method": c.method,
+                "steps": c.steps,
+            }
+        for name, norm in self.replaced.items():
+            tensors[name] = {"kind": "replacement", "relative_norm": norm}
+        return {
+            "kind": "adapter",
+            "tensors": tensors,
+            "left_out": self.left_out,
+            "dropped": list(self.adapter.dropped),
+            "totals": {
+                "low_rank": len(self.low_rank),
+                "replaced": len(self.replaced),
+                "unchanged": self.unchanged,
+                "energy": self.energy,
+                "bytes": size,
+            },
+            **self.adapter.facts(),
+        }
+
+    def report(self, target: Path, size: int, data: dict[str, Any]) -> Report:
+        """The outcome for people."""
+        lines = [
+            f"{len(self.low_rank)} low-rank updates, {len(self.replaced)} tensors kept whole, "
+            f"{self.unchanged} unchanged",
+            f"energy captured: {format_share(self.energy)} of ||delta||^2 over all low-rank updates",
+        ]
+        tuned = data.get("finetuned", {}).get("bytes")
+        share = f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
+        lines.append(f"size: {format_bytes(size)}{share if tuned else ''}")
+        if self.adapter.dropped:
+            lines.append(
+                f"{len(self.adapter.dropped)} tensors of the base are not in the fine-tuned model "
+                f"({self.adapter.dropped[0]}, ...): merging leaves them out"
+            )
+        for name, norm in self.left_out.items():
+            lines.append(f"left out: {name} ({_norm(norm)})")
+        return Report(
+            f"Extracted {target}", data, tuple(lines), self._table(), self.adapter.notes
+        )
+
+    def _table(self) -> Table:
+        rows = [
+            (name, str(c.rank), format_share(c.energy), f"{c.relative_error:.4f}")
+            for name, c in self.low_rank.items()
+        ]
+        return Table(("tensor", "rank", "energy", "relative error"), tuple(rows))
+
+
+def _norm(norm: float | None) -> str:
+    return "not in the base" if norm is None else f"relative norm of the change {norm:.2e}"

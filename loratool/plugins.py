@@ -1,0 +1,242 @@
+"""The registry of everything that has alternatives, by kind and name.
+
+A plugin is a frozen dataclass declared as an entry point in the group `loratool.KIND`; its name is
+the entry point's name and its fields are its options. The project's own plugins are declared like
+anybody else's. Listing names imports nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
+
+from loratool.adapter import Adapter, LazyUpdate, Update
+from loratool.checkpoint import Checkpoint
+from loratool.errors import PluginError, Problem, UsageError
+from loratool.refs import Ref
+from loratool.reports import Report
+
+KINDS = (
+    "steps",
+    "adapter_formats",
+    "checkpoint_formats",
+    "factorizers",
+    "exporters",
+    "stores",
+    "executors",
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An input of a step.
+
+    Attributes:
+        name: the parameter of `run`; upper-cased on the command line.
+        kind: what is opened for it.
+        many: whether there may be several, each with a weight (`REF=0.7`).
+        required: whether at least one is needed.
+        flag: whether it is given as `--name REF` instead of by position.
+    """
+
+    name: str
+    kind: Literal["checkpoint", "adapter"]
+    many: bool = False
+    required: bool = True
+    flag: bool = False
+
+
+class Step(Protocol):
+    """A verb: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        operands: its inputs, in the order of `run`'s parameters.
+        output: the default output directory, with operand names in braces; "" if it writes nothing.
+    """
+
+    operands: ClassVar[tuple[Operand, ...]]
+    output: ClassVar[str]
+
+    def run(self, *inputs: Any) -> Any:
+        """Check headers and return a lazy Checkpoint, Adapter or export, or a Report."""
+        ...
+
+
+class CheckpointFormat(Protocol):
+    """A way to store a model's tensors."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether the file or directory is in this format, by names and headers only."""
+        ...
+
+    def open(self, path: Path) -> Checkpoint:
+        """Open it lazily. Raises InputError or FormatError naming the file."""
+        ...
+
+
+class AdapterFormat(Protocol):
+    """A way to store an adapter."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether the file or directory is in this format, by names and headers only."""
+        ...
+
+    def open(self, path: Path) -> Adapter:
+        """Open it lazily, collecting what is wrong in `Adapter.problems`."""
+        ...
+
+    def write(
+        self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
+    ) -> None:
+        """Write it into an existing, empty folder.
+
+        Args:
+            adapter: what to write; its `updates` are not read, `results` are.
+            results: the adapter's updates in order, as they are computed; None where there is
+                nothing to change.
+            folder: where to write.
+        """
+        ...
+
+
+class Exporter(Protocol):
+    """A way to turn a merged checkpoint into something that runs."""
+
+    def check(self, checkpoint: Checkpoint) -> list[Problem]:
+        """What stands in the way, by headers only."""
+        ...
+
+    def export(
+        self, merged: Checkpoint, base: Checkpoint, dest: Path, progress: Callable[[str], None]
+    ) -> Report:
+        """Write the model into the empty folder `dest` and verify it.
+
+        Raises VerificationError if the result does not do what the checkpoint does.
+        """
+        ...
+
+
+class Store(Protocol):
+    """A place that references point to."""
+
+    def holds(self, ref: Ref) -> bool:
+        """Whether this store can resolve the reference."""
+        ...
+
+    def fetch(self, ref: Ref) -> Path:
+        """The local path of what the reference points to."""
+        ...
+
+
+class Executor(Protocol):
+    """A way to run independent tasks."""
+
+    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """Yield function(task) in the order of the tasks; the first exception ends it."""
+        ...
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field that is an option: its help, and what the command line needs to know.
+
+    Args:
+        default: the default value.
+        help: one line for `--help`.
+        extra: `flag` (another name than the field's), `metavar`, `choices` (a tuple of allowed
+            values), `kind` (values are names of this plugin kind).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@cache
+def _entries(kind: str) -> Mapping[str, tuple[EntryPoint, ...]]:
+    if kind not in KINDS:
+        raise PluginError(f"unknown kind of plugin {kind!r}; kinds are {', '.join(KINDS)}")
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for entry in entry_points(group=f"loratool.{kind}"):
+        known = found.get(entry.name, ())
+        # The same distribution may be listed twice when it is installed in two places.
+        if any(other.value == entry.value for other in known):
+            continue
+        found[entry.name] = (*known, entry)
+    return found
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The names of all plugins of a kind, sorted; imports nothing."""
+    return tuple(sorted(_entries(kind)))
+
+
+def distribution(kind: str, name: str) -> str:
+    """The distributions that declare a plugin, for `loratool plugins`."""
+    return ", ".join(entry.dist.name if entry.dist else "?" for entry in _entries(kind)[name])
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """Import a plugin's class.
+
+    Raises:
+        PluginError: no such name, a name declared by two distributions, or a failing import.
+    """
+    entries = _entries(kind).get(name, ())
+    if not entries:
+        raise PluginError(f"unknown {_singular(kind)} {name!r}; known are {', '.join(names(kind))}")
+    if len(entries) > 1:
+        raise PluginError(
+            f"the {_singular(kind)} {name!r} is declared by {distribution(kind, name)}: "
+            "uninstall one of them"
+        )
+    try:
+        found: type[Any] = entries[0].load()
+    except Exception as error:
+        raise PluginError(
+            f"the {_singular(kind)} {name!r} of {distribution(kind, name)} "
+            f"cannot be imported: {error}"
+        ) from error
+    return found
+
+
+def create(kind: str, spec: str) -> Any:
+    """Make a plugin from `NAME` or `NAME:key=value,...`.
+
+    Raises:
+        PluginError: the plugin cannot be had.
+        UsageError: it has no such option, or the value is of the wrong type.
+    """
+    name, _, rest = spec.partition(":")
+    cls = load(kind, name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, sign, text = item.partition("=")
+        if not sign or key not in fields:
+            known = ", ".join(sorted(fields)) or "none"
+            raise UsageError(f"{spec}: no option {key!r}; options of {name} are: {known}")
+        values[key] = _convert(spec, key, text, hints[key])
+    return cls(**values)
+
+
+def _convert(spec: str, key: str, text: str, hint: Any) -> Any:
+    if hint is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"{spec}: {key} is true or false, not {text!r}")
+        return text == "true"
+    for kind in (int, float):
+        if hint is kind:
+            try:
+                return kind(text)
+            except ValueError:
+                raise UsageError(f"{spec}: {key} is a number, not {text!r}") from None
+    return text
+
+
+def _singular(kind: str) -> str:
+    return kind.removesuffix("s").replace("_", " ")

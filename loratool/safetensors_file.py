@@ -1,0 +1,201 @@
+"""The safetensors layout: an 8-byte length, a JSON header, then the tensors' bytes without gaps.
+
+Read here rather than through the safetensors package because streaming needs every tensor's byte
+range, and because a header that lies must be named file and tensor. The format is described at
+https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.checkpoint import Extent, LazyTensor
+from loratool.dtypes import itemsize, torch_dtype
+from loratool.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_HEADER = 100_000_000  # the limit of the reference implementation
+_ALIGNMENT = 64  # so that a mapped tensor is aligned for any GPU kernel
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor; offsets are relative to the end of the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header: entries in the order of their bytes."""
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file cannot be read.
+        FormatError: the header is truncated, is no JSON, or contradicts itself or the file's size.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise FormatError(f"{path}: too short for a safetensors file ({size} bytes)")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(_MAX_HEADER, size - 8):
+                raise FormatError(
+                    f"{path}: the safetensors header claims {length} bytes in a file of {size}: "
+                    "the file is truncated or is not safetensors; download it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    content = _parse_json(path, raw)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ in the safetensors header must map text to text")
+    entries = sorted(
+        (_parse_entry(path, name, value) for name, value in content.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    _check_layout(path, entries, size - 8 - length)
+    return Header(tuple(entries), metadata, 8 + length)
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise FormatError(f"{path}: the safetensors header names a tensor twice")
+        return found
+
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=reject_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path}: the safetensors header is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: the safetensors header is not a JSON object")
+    return content
+
+
+def _parse_entry(path: Path, name: str, value: Any) -> Entry:
+    def is_count(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+    try:
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        begin, end = offsets
+        valid = isinstance(dtype, str) and all(map(is_count, [*shape, begin, end]))
+    except (TypeError, KeyError, ValueError):
+        valid = False
+    if not valid:
+        raise FormatError(
+            f"{path}: {name}: the header needs a dtype, a shape and two data_offsets, has {value!r}"
+        )
+    try:
+        expected = math.prod(shape) * itemsize(dtype)
+    except FormatError as error:
+        raise FormatError(f"{path}: {name}: {error}") from None
+    if end - begin != expected:
+        raise FormatError(
+            f"{path}: {name}: {dtype} of shape {shape} takes {expected} bytes, "
+            f"but the header reserves {end - begin}"
+        )
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _check_layout(path: Path, entries: list[Entry], available: int) -> None:
+    position = 0
+    for entry in entries:
+        if entry.end > available:
+            raise FormatError(
+                f"{path}: {entry.name}: its bytes end at {entry.end}, but the file holds only "
+                f"{available} bytes of tensors: the file is truncated; download it again"
+            )
+        if entry.begin != position:
+            kind = "overlap" if entry.begin < position else "leave a gap"
+            raise FormatError(f"{path}: {entry.name}: tensors {kind} at byte {entry.begin}")
+        position = entry.end
+    if position != available:
+        raise FormatError(f"{path}: {available - position} bytes after the last tensor")
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The length and header for tensors (name, dtype, shape) that follow in this order.
+
+    Padded with spaces so that the data starts at a multiple of 64 bytes.
+    """
+    content: dict[str, Any] = {}
+    if metadata:
+        content["__metadata__"] = dict(sorted(metadata.items()))
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * itemsize(dtype)
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+@dataclass(frozen=True)
+class _MappedFile:
+    """One file, mapped on first use."""
+
+    path: Path
+    maps: list[mmap.mmap]
+
+    def tensor(self, entry: Entry, data_start: int) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(entry.dtype)
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=dtype)
+        if not self.maps:
+            try:
+                with self.path.open("rb") as file:
+                    # A private writable map costs no memory until written to, and spares torch's
+                    # warning about read-only buffers.
+                    self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{self.path}: cannot be mapped: {error}") from error
+        count = math.prod(entry.shape)
+        flat = torch.frombuffer(
+            self.maps[0], dtype=dtype, count=count, offset=data_start + entry.begin
+        )
+        return flat.view(entry.shape)
+
+
+def lazy_tensors(path: Path, header: Header) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, in file order, as views of one shared memory map."""
+    mapped = _MappedFile(path, [])
+
+    def lazy(entry: Entry) -> LazyTensor:
+        def blocks() -> Iterator[torch.Tensor]:
+            yield mapped.tensor(entry, header.data_start)
+
+        extent = Extent(path, header.data_start + entry.begin, entry.end - entry.begin)
+        return LazyTensor(entry.name, entry.dtype, entry.shape, blocks, str(path), extent)
+
+    return {entry.name: lazy(entry) for entry in header.entries}

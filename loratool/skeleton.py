@@ -1,0 +1,215 @@
+"""What names and shapes do not tell about a model, from its config.
+
+The families of `loratool.families` need nothing but that table. For any other model the class
+named in config.json is built by transformers on the meta device: no weights, but an import of
+seconds, so only when asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loratool.errors import InputError, UsageError
+from loratool.families import (
+    FAMILIES,
+    Family,
+    class_of_names,
+    family_of_class,
+    family_of_names,
+    is_embedding,
+)
+
+Kind = Literal["linear", "conv1d", "embedding", "other"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# PEFT's task types by the end of the class name.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The modules of a model.
+
+    Attributes:
+        kinds: parameter name -> what kind of module it is the weight of.
+        tied: parameter -> the parameter that it shares its values with.
+        notes: what had to be guessed.
+    """
+
+    kinds: Mapping[str, Kind]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def task_type(architecture: str) -> str | None:
+    """PEFT's task type for a model class, or None where PEFT has none."""
+    return next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+
+
+def architecture_of(config: Mapping[str, Any] | None) -> str:
+    """The class that a config names first, or ""."""
+    names = (config or {}).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def build_skeleton(config: Mapping[str, Any] | None, shapes: Shapes) -> Skeleton:
+    """Tell linear weights, embeddings and tied tensors of a model apart.
+
+    Args:
+        config: its config.json, if it has one.
+        shapes: its tensors' names and shapes.
+
+    Raises:
+        InputError: transformers knows the model, but by other names in memory than on disk.
+    """
+    model_type = (config or {}).get("model_type")
+    family = FAMILIES.get(str(model_type)) if model_type else family_of_names(shapes)
+    if family is not None:
+        return Skeleton(_kinds_by_name(shapes, family), _tied(family, config, shapes))
+    if config and architecture_of(config) and model_type:
+        return _from_transformers(config, shapes)
+    note = "the model's family is unknown: linear weights were told by their names and shapes"
+    return Skeleton(_kinds_by_name(shapes, None), notes=(note,))
+
+
+def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
+    def kind(name: str, shape: tuple[int, ...]) -> Kind:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(shape) != 2:
+            return "other"
+        if is_embedding(module):
+            return "embedding"
+        if family and family.conv1d and re.fullmatch(family.conv1d, module):
+            return "conv1d"
+        return "linear"
+
+    return {name: kind(name, shape) for name, shape in shapes.items()}
+
+
+def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> dict[str, str]:
+    if not (config or {}).get("tie_word_embeddings", family.ties_by_default):
+        return {}
+    architecture = architecture_of(config) or class_of_names(family, shapes)
+    has_head = architecture.endswith(("CausalLM", "LMHeadModel", "MaskedLM", "PreTraining"))
+    return {head: table for head, table in family.tied if has_head and table in shapes}
+
+
+def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
+    """Build the class on the meta device and look at its modules."""
+    import torch
+    import transformers
+
+    architecture = architecture_of(config)
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise InputError(f"config.json: transformers has no class {architecture!r}")
+    settings = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+    with torch.device("meta"):
+        model = cls(transformers.AutoConfig.for_model(config["model_type"], **settings))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if strange := sorted(set(shapes) - set(model.state_dict())):
+        raise InputError(
+            f"{strange[0]}: {architecture} has another name for it in memory than on disk "
+            f"(so have {len(strange) - 1} more); such models are not supported yet"
+        )
+    kinds: dict[str, Kind] = {}
+    for name in parameters:
+        module = model.get_submodule(name.rpartition(".")[0])
+        kinds[name] = _kind_of_module(module) if name.endswith(".weight") else "other"
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return Skeleton(kinds, dict(tied))
+
+
+def _kind_of_module(module: Any) -> Kind:
+    import torch
+
+    if type(module).__name__ == "Conv1D":
+        return "conv1d"
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    return "embedding" if isinstance(module, torch.nn.Embedding) else "other"
+
+
+def complete_config(
+    config: Mapping[str, Any] | None,
+    shapes: Shapes,
+    other: Mapping[str, Any] | None = None,
+    architecture: str = "",
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Fill in what transformers needs and a config.json leaves out.
+
+    Args:
+        config: as read, or None.
+        shapes: the tensors it describes.
+        other: the config of a related model, for its model_type.
+        architecture: the user's word: a class name or a model type.
+
+    Returns:
+        The completed config (None if there was none and nothing is known), and notes on what was
+        filled in.
+
+    Raises:
+        UsageError: `architecture` names nothing that loratool or transformers knows.
+    """
+    if config is None and not architecture:
+        return None, ()
+    found, notes = dict(config or {}), []
+    family = family_of_names(shapes)
+    if architecture:
+        chosen = _family_by_word(architecture)
+        found["model_type"], family = chosen.model_type, chosen
+        if architecture != chosen.model_type:
+            found["architectures"] = [architecture]
+    if not found.get("model_type"):
+        guess = (other or {}).get("model_type") or (family and family.model_type)
+        if guess:
+            found["model_type"] = guess
+            notes.append(f"config.json has no model_type: took {guess!r}")
+        else:
+            notes.append("config.json has no model_type: name it with --architecture")
+    family = FAMILIES.get(str(found.get("model_type")), family)
+    if not architecture_of(found) and family is not None:
+        found["architectures"] = [class_of_names(family, shapes)]
+        notes.append(f"config.json names no architecture: took {found['architectures'][0]}")
+    return _complete_sizes(found, shapes, notes), tuple(notes)
+
+
+def _family_by_word(architecture: str) -> Family:
+    family = family_of_class(architecture)
+    if family is None:
+        raise UsageError(
+            f"--architecture {architecture}: unknown; use a class such as "
+            f"BertForSequenceClassification or one of {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def _complete_sizes(config: dict[str, Any], shapes: Shapes, notes: list[str]) -> dict[str, Any]:
+    """Correct the number of labels and the vocabulary to what the tensors have."""
+    if architecture_of(config).endswith("Classification"):
+        heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+        rows = next((shapes[name][0] for name in heads if name in shapes), None)
+        labels = config.get("id2label")
+        if rows is not None and rows != (len(labels) if labels else 2):
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+            notes.append(f"config.json names other labels than the head's {rows}: numbered them")
+        config.pop("num_labels", None)  # follows from id2label
+    tables = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+    vocabulary = next((s[0] for n, s in shapes.items() if n.endswith(tables)), None)
+    if vocabulary is not None and config.get("vocab_size", vocabulary) != vocabulary:
+        notes.append(
+            f"config.json says vocab_size {config['vocab_size']}, the embedding has {vocabulary}"
+        )
+        config["vocab_size"] = vocabulary
+    return config

@@ -1,0 +1,276 @@
+"""extract: the difference of two checkpoints as a low-rank adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from loratool import plugins
+from loratool.adapter import Adapter, LazyUpdate
+from loratool.alignment import Alignment, align, parse_moves
+from loratool.card import is_hub_name
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
+from loratool.errors import InputError, MismatchError
+from loratool.linalg import Factorizer, RankPolicy
+from loratool.plugins import Operand, option
+from loratool.skeleton import Skeleton, architecture_of, build_skeleton, complete_config, task_type
+
+if TYPE_CHECKING:
+    from loratool.delta import DeltaReader
+
+_DEFAULT_RANK = 16
+
+# Files of the fine-tuned model that an adapter carries under model/.
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "*.tiktoken", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "sentencepiece*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Turn the difference of two checkpoints into a LoRA adapter."""
+
+    operands: ClassVar[tuple[Operand, ...]] = (
+        Operand("base", "checkpoint"),
+        Operand("finetuned", "checkpoint"),
+    )
+    output: ClassVar[str] = "{finetuned}-lora"
+
+    rank: int | None = option(None, "rank of every update (default: 16, without --energy)")
+    energy: float | None = option(
+        None, "keep the smallest rank that captures this share of ||delta||^2; --rank caps it"
+    )
+    target: tuple[str, ...] = option((), "only tensors whose name matches this glob", metavar="GLOB")
+    exclude: tuple[str, ...] = option((), "no tensor whose name matches this glob", metavar="GLOB")
+    factorizer: str = option("krylov", "how to factorize", kind="factorizers")
+    seed: int = option(0, "seed of the factorizer's random start")
+    dtype: str | None = option(
+        None, "type of the factors (default: bf16 for bf16 models, else fp32)",
+        choices=tuple(FLOAT_NAMES),
+    )  # fmt: skip
+    lora_only: bool = option(
+        False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
+    )
+    map: tuple[str, ...] = option(
+        (), "the fine-tune's name or prefix OLD is NEW in the base", metavar="OLD=NEW"
+    )
+    architecture: str = option("", "model class or type, where config.json does not say")
+    base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
+
+    def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
+        """Compare headers and plan one update for each tensor; nothing is computed yet.
+
+        Raises:
+            MismatchError: the two do not belong together.
+            UsageError: an option's value makes no sense.
+        """
+        policy = rank_policy(self.rank, self.energy)
+        dtype = parse_float_dtype(self.dtype) if self.dtype else None
+        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        plan = _plan(self, base, finetuned, policy)
+        from loratool.delta import DeltaReader
+
+        reader = DeltaReader(factorizer, policy, self.seed)
+        low_rank, whole = _updates(self, plan, reader, policy, dtype)
+        updates = low_rank if self.lora_only else _in_order(finetuned, {**low_rank, **whole})
+        if not updates:
+            raise InputError("no tensor is left to extract: check --target and --exclude")
+        task = task_type(architecture_of(plan.config))
+        headless = self.lora_only and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+        return Adapter(
+            updates,
+            model_files={} if self.lora_only else _model_files(plan),
+            model_config=None if self.lora_only else plan.config,
+            dropped=() if self.lora_only else plan.dropped,
+            task_type=None if headless else task,
+            base_name=self._base_name(base),
+            context=dict(finetuned.tensors),
+            kinds=plan.skeleton.kinds,
+            tied=plan.skeleton.tied,
+            left_out=whole if self.lora_only else {},
+            notes=plan.notes,
+            facts=lambda: _facts(self, policy, plan, reader),
+        )
+
+    def _base_name(self, base: Checkpoint) -> str:
+        named = str((base.config or {}).get("_name_or_path") or "")
+        return self.base_name or (named if is_hub_name(named) else str(base.path or ""))
+
+
+def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
+    """What --rank and --energy mean together: rank 16 if neither is given."""
+    return RankPolicy(_DEFAULT_RANK if rank is None and energy is None else rank, energy)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    base: Checkpoint
+    finetuned: Checkpoint
+    alignment: Alignment
+    config: Mapping[str, Any] | None
+    skeleton: Skeleton
+    dropped: tuple[str, ...]
+    selected: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def _plan(
+    step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy
+) -> _Plan:
+    shapes = {name: tensor.shape for name, tensor in finetuned.items()}
+    base_shapes = {name: tensor.shape for name, tensor in base.items()}
+    alignment = align(shapes, base_shapes, parse_moves(step.map))
+    config, config_notes = complete_config(
+        finetuned.config, shapes, base.config, step.architecture
+    )
+    skeleton = build_skeleton(config, shapes)
+    _check_related(alignment, finetuned, base, skeleton)
+    selected = tuple(name for name in finetuned if _is_selected(step, name))
+    paired = set(alignment.pairs.values())
+    dropped = tuple(
+        name
+        for name in base
+        if name not in paired and alignment.name_here(name) not in skeleton.tied
+    )
+    notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
+    if words := alignment.describe():
+        notes.append(f"{words} to the fine-tune's to get the base's")
+    if excluded := len(finetuned) - len(selected):
+        notes.append(f"{excluded} tensors were not looked at (--target, --exclude)")
+    if policy.rank and (small := _smaller_than(policy.rank, selected, shapes, skeleton)):
+        notes.append(
+            f"rank {policy.rank} is more than {len(small)} matrices have ({small[0]}, ...): "
+            "these get their full rank"
+        )
+    return _Plan(
+        base, finetuned, alignment, config, skeleton, dropped, selected, tuple(notes)
+    )
+
+
+def _smaller_than(
+    rank: int, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton
+) -> list[str]:
+    linear = [name for name in names if skeleton.kinds.get(name) in ("linear", "conv1d")]
+    return [name for name in linear if min(shapes[name]) < rank]
+
+
+def _is_selected(step: Extract, name: str) -> bool:
+    def matches(globs: tuple[str, ...]) -> bool:
+        module = name.rpartition(".")[0]
+        return any(fnmatchcase(name, glob) or fnmatchcase(module, glob) for glob in globs)
+
+    return (not step.target or matches(step.target)) and not matches(step.exclude)
+
+
+def _check_related(
+    alignment: Alignment, finetuned: Checkpoint, base: Checkpoint, skeleton: Skeleton
+) -> None:
+    """Raise MismatchError if the models are of different architectures."""
+    linear = [n for n, kind in skeleton.kinds.items() if kind in ("linear", "conv1d")]
+    paired = [name for name in linear if name in alignment.pairs]
+    if not alignment.pairs or (linear and not paired):
+        raise MismatchError(
+            f"{finetuned.label} and {base.label} have no weights of the same name "
+            f"({next(iter(finetuned))} against {next(iter(base))}): not a fine-tune of this base? "
+            "--map OLD=NEW pairs names by hand"
+        )
+    wrong = []
+    for name, other in alignment.pairs.items():
+        here, there = finetuned[name].shape, base[other].shape
+        if here != there and not _may_be_resized(name, here, there, skeleton):
+            wrong.append(f"  {name}: {here} in the fine-tune, {there} in the base")
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise MismatchError(
+            f"{finetuned.label} is not a fine-tune of {base.label}: {len(wrong)} tensors differ "
+            "in shape:\n" + "\n".join(wrong[:5]) + more
+        )
+
+
+def _may_be_resized(
+    name: str, here: tuple[int, ...], there: tuple[int, ...], skeleton: Skeleton
+) -> bool:
+    """Embeddings and heads may have more or fewer rows: another vocabulary, other labels."""
+    if len(here) != len(there) or here[1:] != there[1:]:
+        return False
+    heads = ("lm_head", "classifier", "score", "qa_outputs", "decoder", "predictions", "out_proj")
+    is_head = any(part in heads for part in name.split(".")[-3:])
+    return skeleton.kinds.get(name) == "embedding" or is_head
+
+
+def _updates(
+    step: Extract, plan: _Plan, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
+    """The low-rank updates, and what has to be kept whole."""
+    low_rank: dict[str, LazyUpdate] = {}
+    whole: dict[str, LazyUpdate] = {}
+    for name in plan.selected:
+        tensor = plan.finetuned[name]
+        other = plan.alignment.pairs.get(name)
+        before = plan.base[other] if other else None
+        kind = plan.skeleton.kinds.get(name, "other")
+        twin = plan.finetuned.aliases.get(name) or plan.skeleton.tied.get(name)
+        if twin in plan.finetuned:
+            continue  # the same values again
+        factored = kind in ("linear", "conv1d") and is_float(tensor.dtype)
+        if factored and before is not None and before.shape == tensor.shape:
+            transposed = kind == "conv1d"
+            shape = (tensor.shape[1], tensor.shape[0]) if transposed else tensor.shape
+            low_rank[name] = LazyUpdate(
+                name,
+                "low_rank",
+                shape,
+                dtype or ("BF16" if before.dtype == "BF16" else "F32"),
+                _factors(reader, before, tensor, transposed, dtype),
+                rank=policy.limit((shape[0], shape[1])),
+                transposed=transposed,
+            )
+        else:
+            load = _replacement(reader, before, tensor)
+            whole[name] = LazyUpdate(name, "replacement", tensor.shape, tensor.dtype, load)
+    return low_rank, whole
+
+
+def _factors(
+    reader: DeltaReader, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str | None
+) -> Callable[[], Any]:
+    chosen = dtype or ("BF16" if base.dtype == "BF16" else "F32")
+    return lambda: reader.factorize(base, tuned, transposed, chosen)
+
+
+def _replacement(
+    reader: DeltaReader, base: LazyTensor | None, tuned: LazyTensor
+) -> Callable[[], Any]:
+    return lambda: reader.replace(base, tuned)
+
+
+def _in_order(finetuned: Checkpoint, updates: dict[str, LazyUpdate]) -> dict[str, LazyUpdate]:
+    return {name: updates[name] for name in finetuned if name in updates}
+
+
+def _model_files(plan: _Plan) -> dict[str, Any]:
+    completed = plan.finetuned.with_config(plan.config) if plan.config else plan.finetuned
+    return {
+        name: content
+        for name, content in completed.side_files.items()
+        if any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
+    }
+
+
+def _facts(step: Extract, policy: RankPolicy, plan: _Plan, reader: DeltaReader) -> dict[str, Any]:
+    return {
+        "options": {
+            "rank": policy.rank,
+            "energy": policy.energy,
+            "factorizer": step.factorizer,
+            "seed": step.seed,
+            "lora_only": step.lora_only,
+        },
+        "base": {"bytes": plan.base.nbytes, **reader.base_digests()},
+        "finetuned": {"bytes": plan.finetuned.nbytes, **reader.tuned_digests()},
+    }

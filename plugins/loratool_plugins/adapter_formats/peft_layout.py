@@ -1,0 +1,177 @@
+"""How PEFT represents a set of updates: which keys, and which settings make it load them.
+
+PEFT's rules, as peft 0.21 applies them:
+* a tensor outside the factors is loaded if its module is in modules_to_save, and then *all* of the
+  module's tensors must be there;
+* modules_to_save matches every module whose name *ends with* an entry, without regard to dots;
+* task types with a head add the head's names to modules_to_save by themselves;
+* biases of linear modules are loaded with bias="all", a LoRA target's as `base_layer.bias`;
+* a tied embedding needs ensure_weight_tying, and its twin's key as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.errors import InputError
+
+PREFIX = "base_model.model."
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What goes into the two files.
+
+    Attributes:
+        low_rank: parameter -> rank, for every pair of factors that is written.
+        whole: key in the file -> the parameter whose tensor it holds.
+        modules_to_save: modules that are kept whole.
+        biases: whether biases outside those modules are replaced.
+        tied: whether an embedding that is kept whole is tied to a head.
+        placeholder: a weight to put a zero update on, if there is no other target.
+    """
+
+    low_rank: Mapping[str, int]
+    whole: Mapping[str, str]
+    modules_to_save: tuple[str, ...]
+    biases: bool
+    tied: bool
+    placeholder: str | None
+
+    def config(self, adapter: Adapter, alphas: Mapping[str, float]) -> dict[str, Any]:
+        """adapter_config.json."""
+        ranks = {name.removesuffix(".weight"): rank for name, rank in self.low_rank.items()}
+        scales = {name.removesuffix(".weight"): alphas[name] for name in self.low_rank}
+        if self.placeholder:
+            ranks = scales = {self.placeholder.removesuffix(".weight"): 1}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(scales.values()).most_common(1)[0][0]
+        config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": adapter.task_type,
+            "base_model_name_or_path": adapter.base_name or None,
+            "r": rank,
+            "lora_alpha": _number(alpha),
+            "lora_dropout": 0.0,
+            "bias": "all" if self.biases else "none",
+            "fan_in_fan_out": any(
+                adapter.kinds.get(f"{module}.weight") == "conv1d" for module in ranks
+            ),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "rank_pattern": _pattern({m: r for m, r in ranks.items() if r != rank}, ranks),
+            "alpha_pattern": _pattern(
+                {m: _number(a) for m, a in scales.items() if a != alpha}, ranks
+            ),
+            "target_modules": _short_names(ranks, self._other_modules(adapter, ranks)),
+            "use_dora": False,
+            "use_rslora": False,
+        }
+        if self.tied:
+            config["ensure_weight_tying"] = True
+        return config
+
+    def _other_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> set[str]:
+        modules = {name.rpartition(".")[0] for name in adapter.context}
+        return {
+            parent for module in modules for parent in _with_parents(module) if parent not in ranks
+        }
+
+
+def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[str]) -> Layout:
+    """Decide where every change goes.
+
+    Args:
+        adapter: for its context (all tensors of the fine-tuned model), kinds, task and ties.
+        ranks: parameter -> rank of its factors.
+        replaced: parameters that are kept whole.
+    """
+    replaced = set(replaced)
+    names = tuple(adapter.context)
+    saved = {n.rpartition(".")[0] for n in replaced if not _is_plain_bias(n, adapter, replaced)}
+    if "" in saved:
+        bare = next(name for name in sorted(replaced) if "." not in name)
+        raise InputError(f"{bare}: PEFT cannot keep a parameter of the model itself; --exclude it")
+    heads = _HEADS.get(adapter.task_type or "", ())
+    modules = {p for name in names for p in _with_parents(name.rpartition(".")[0])}
+    while extra := {
+        module
+        for module in modules
+        if module.endswith((*saved, *heads)) and not _is_inside(module, saved)
+    }:
+        saved |= extra
+    saved = {m for m in saved if not any(m.startswith(f"{other}.") for other in saved)}
+    inside = [name for name in names if _is_inside(name.rpartition(".")[0], saved)]
+    low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
+    whole = {PREFIX + name: name for name in inside}
+    biases = sorted(n for n in replaced if n not in inside)
+    for name in biases:
+        module = name.removesuffix(".bias")
+        is_target = f"{module}.weight" in low_rank
+        whole[f"{PREFIX}{module}.base_layer.bias" if is_target else PREFIX + name] = name
+    twins = {head: table for head, table in adapter.tied.items() if table in inside}
+    whole |= {PREFIX + head: table for head, table in twins.items()}
+    placeholder = None if low_rank else _any_linear(adapter, inside)
+    return Layout(
+        low_rank, whole, tuple(sorted(saved)), bool(biases), bool(twins), placeholder
+    )
+
+
+def _is_plain_bias(name: str, adapter: Adapter, replaced: set[str]) -> bool:
+    """The bias of a linear module whose weight is not replaced itself."""
+    weight = f"{name.removesuffix('bias')}weight"
+    linear = adapter.kinds.get(weight) in ("linear", "conv1d")
+    return name.endswith(".bias") and linear and weight not in replaced
+
+
+def _with_parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _is_inside(module: str, saved: Iterable[str]) -> bool:
+    return any(module == other or module.startswith(f"{other}.") for other in saved)
+
+
+def _any_linear(adapter: Adapter, inside: list[str]) -> str | None:
+    linear = (n for n, kind in adapter.kinds.items() if kind in ("linear", "conv1d"))
+    return next((n for n in linear if n in adapter.context and n not in inside), None)
+
+
+def _short_names(targets: Iterable[str], others: set[str]) -> list[str]:
+    """Last components where they mean the targets and nothing else, else full names."""
+    short = {}
+    for module in targets:
+        short.setdefault(module.rpartition(".")[2], []).append(module)
+    found: list[str] = []
+    for last, modules in short.items():
+        ambiguous = any(other == last or other.endswith(f".{last}") for other in others)
+        found += modules if ambiguous else [last]
+    return sorted(found)
+
+
+def _pattern(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Full names as pattern keys: PEFT reads them as regular expressions, dots included."""
+    modules = tuple(modules)
+
+    def key(module: str) -> str:
+        matching = [m for m in modules if re.match(rf"(.*\.)?({module})$", m)]
+        return module if matching == [module] else f"^{re.escape(module)}"
+
+    return {key(module): value for module, value in values.items()}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,1 @@
+"""Plugins of kind `checkpoint_formats`."""

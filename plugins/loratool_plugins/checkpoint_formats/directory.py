@@ -1,0 +1,129 @@
+"""What a Hugging Face model directory looks like, whatever its weights are stored in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loratool.errors import FormatError, InputError
+
+_WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".data"
+}  # fmt: skip
+_WEIGHT_INDEXES = {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a checkpoint's tensors.
+
+    Attributes:
+        folder: where they lie.
+        files: their names, in order.
+        index: tensor name to file name, if an index says so.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    index: Mapping[str, str] | None = None
+
+
+def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFiles | None:
+    """The weight files of one kind at `path`, or None if there are none.
+
+    Args:
+        path: a file, or a directory with `STEM SUFFIX`, `STEM SUFFIX.index.json`, or exactly one
+            other file of that kind.
+        stem: "model" or "pytorch_model".
+        suffixes: the kind's file name suffixes, the usual one first.
+
+    Raises:
+        FormatError: the index is malformed, names a file outside the directory or one that is
+            missing; or several files could be meant.
+    """
+    if path.is_file():
+        return WeightFiles(path.parent, (path.name,)) if path.suffix in suffixes else None
+    index = path / f"{stem}{suffixes[0]}.index.json"
+    if index.is_file():
+        return _read_index(index)
+    usual = path / f"{stem}{suffixes[0]}"
+    if usual.is_file():
+        return WeightFiles(path, (usual.name,))
+    others = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.suffix in suffixes and entry.is_file() and not _is_training_state(entry.name)
+    )
+    if len(others) > 1:
+        raise FormatError(
+            f"{path}: several weight files and no {index.name}: {', '.join(others[:6])}; "
+            "name the file that you mean"
+        )
+    return WeightFiles(path, tuple(others)) if others else None
+
+
+def _is_training_state(name: str) -> bool:
+    return name.startswith(("adapter_model", "training_args", "optimizer", "scheduler", "rng_state"))
+
+
+def _read_index(index: Path) -> WeightFiles:
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: has no weight_map; download the index again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name in ("", ".."):
+            raise FormatError(f"{index}: {tensor}: {name!r} is not a file in this directory")
+    files = tuple(sorted(set(weight_map.values())))
+    for name in files:
+        if not (index.parent / name).is_file():
+            raise FormatError(
+                f"{index.parent / name}: missing, but {index.name} names it: download it"
+            )
+    return WeightFiles(index.parent, files, weight_map)
+
+
+def check_index(found: WeightFiles, holders: Mapping[str, str]) -> None:
+    """Raise FormatError unless the index and the files (tensor name to file name) agree."""
+    for tensor, name in (found.index or {}).items():
+        if holders.get(tensor) != name:
+            raise FormatError(
+                f"{found.folder / name}: {tensor}: the index says that this file holds it, "
+                "but it does not"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError or FormatError naming the file otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: is not a JSON object")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The config.json of a model directory, or None."""
+    config = path / "config.json"
+    return read_json(config) if path.is_dir() and config.is_file() else None
+
+
+def side_files(path: Path) -> dict[str, Path]:
+    """The files of a model directory that hold no weights: config, tokenizer, licence, ..."""
+    if not path.is_dir():
+        return {}
+    return {
+        entry.name: entry
+        for entry in sorted(path.iterdir())
+        if entry.is_file()
+        and not entry.name.startswith(".")
+        and entry.suffix not in _WEIGHT_SUFFIXES
+        and entry.name not in _WEIGHT_INDEXES
+    }

@@ -1,0 +1,53 @@
+"""Checkpoints in safetensors files: single, or sharded with an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.errors import FormatError
+from loratool.safetensors_file import lazy_tensors, read_header
+from loratool_plugins.checkpoint_formats import directory
+
+
+@dataclass(frozen=True)
+class Safetensors:
+    """A directory or a file of safetensors; opening reads headers only."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether there are safetensors files at `path`."""
+        return directory.find_weights(path, "model", (".safetensors",)) is not None
+
+    def open(self, path: Path) -> Checkpoint:
+        """Open it by its headers.
+
+        Raises:
+            InputError: a file cannot be read.
+            FormatError: a header lies, or index and files disagree.
+        """
+        found = directory.find_weights(path, "model", (".safetensors",))
+        if found is None:
+            raise FormatError(f"{path}: holds no safetensors weights")
+        tensors: dict[str, LazyTensor] = {}
+        shards: dict[str, str] = {}
+        metadata = {}
+        for name in found.files:
+            header = read_header(found.folder / name)
+            metadata[name] = header.metadata
+            for key, tensor in lazy_tensors(found.folder / name, header).items():
+                if key in tensors:
+                    raise FormatError(
+                        f"{found.folder / name}: {key}: is already in {shards[key]}"
+                    )
+                tensors[key] = tensor
+                shards[key] = name
+        directory.check_index(found, shards)
+        return Checkpoint(
+            tensors,
+            config=directory.read_config(path),
+            side_files=directory.side_files(path),
+            shards=shards,
+            metadata=metadata,
+            path=path,
+        )

@@ -1,0 +1,147 @@
+"""Checkpoints written by torch.save: single, or sharded with an index.
+
+Only what torch.load(weights_only=True) accepts is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.dtypes import dtype_name
+from loratool.errors import FormatError, InputError
+from loratool_plugins.checkpoint_formats import directory
+
+if TYPE_CHECKING:
+    import torch
+
+_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Torch:
+    """A directory or a file of .bin, .pt or .pth."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether there are torch files at `path`."""
+        return directory.find_weights(path, "pytorch_model", _SUFFIXES) is not None
+
+    def open(self, path: Path) -> Checkpoint:
+        """Open it: zip files are mapped, legacy ones have to be loaded whole, which is noted.
+
+        Raises:
+            InputError: a file cannot be read.
+            FormatError: weights_only refuses a file, or it holds something else than tensors.
+        """
+        found = directory.find_weights(path, "pytorch_model", _SUFFIXES)
+        if found is None:
+            raise FormatError(f"{path}: holds no torch weights")
+        tensors: dict[str, LazyTensor] = {}
+        shards: dict[str, str] = {}
+        aliases: dict[str, str] = {}
+        notes = []
+        for name in found.files:
+            file = found.folder / name
+            mapped = _is_zip(file)
+            if not mapped:
+                notes.append(
+                    f"{file}: a legacy torch file cannot be mapped: it is loaded whole while in use"
+                )
+            state = load_state(file, mapped)
+            aliases |= _aliases(state)
+            for key, value in state.items():
+                tensors[key] = _lazy(key, value, file)
+                shards[key] = name
+        directory.check_index(found, shards)
+        return Checkpoint(
+            tensors,
+            config=directory.read_config(path),
+            side_files=directory.side_files(path),
+            shards=shards,
+            aliases=aliases,
+            notes=tuple(notes),
+            path=path,
+        )
+
+
+def load_lazily(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of one torch file; errors as `load_state`."""
+    state = load_state(file, _is_zip(file))
+    return {name: _lazy(name, value, file) for name, value in state.items()}
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def load_state(file: Path, mapped: bool) -> Mapping[str, torch.Tensor]:
+    """The state dict of a torch file, through weights_only.
+
+    Raises:
+        InputError: it cannot be read.
+        FormatError: it is refused, or is no mapping from names to dense tensors.
+    """
+    import torch
+
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{file}: torch refuses to unpickle it with weights_only ({_first_line(error)}); "
+            "it may run code: convert it to safetensors where you trust it"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{file}: is not a readable torch file ({_first_line(error)}); download it again"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise FormatError(f"{file}: holds no state dict (a mapping from names to tensors)")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise FormatError(f"{file}: {key!r}: is no tensor but {type(value).__name__}")
+        if value.layout != torch.strided or value.is_quantized:
+            raise FormatError(f"{file}: {key}: only dense tensors can be read")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:160] or type(error).__name__
+
+
+def _lazy(name: str, value: torch.Tensor, file: Path) -> LazyTensor:
+    def blocks() -> Iterator[torch.Tensor]:
+        yield value.detach().contiguous()
+
+    try:
+        dtype = dtype_name(value.dtype)
+    except FormatError as error:
+        raise FormatError(f"{file}: {name}: {error}") from None
+    return LazyTensor(name, dtype, tuple(value.shape), blocks, str(file))
+
+
+def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names whose tensor is the same memory in the same shape as an earlier one's."""
+    seen: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, value in state.items():
+        if not value.numel():
+            continue
+        place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if place in seen:
+            found[name] = seen[place]
+        else:
+            seen[place] = name
+    return found

@@ -1,0 +1,217 @@
+"""Weights on their way from a checkpoint into a graph's external data, block by block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import onnx_ir as ir
+import torch
+
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.errors import InputError
+from loratool.writer import tensor_bytes
+from loratool_plugins.exporters.onnx_shell import Shell, untie
+
+_ALIGNMENT = 64
+# Constants below this stay in the graph file; parameters never do.
+_INLINE_BYTES = 1024
+# Blocks are cast in pieces of this many elements, however large they come.
+_PIECE = 4 << 20
+# How checkpoints converted from TensorFlow call the parameters of a LayerNorm.
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which tensor of a checkpoint goes where.
+
+    Attributes:
+        keys: name in the model -> name in the checkpoint, for parameters and persistent buffers.
+        tied: names in the model that take another name's tensor -> that name in the checkpoint.
+        untied: names that the config ties but whose tensors differ.
+        surplus: names in the checkpoint that the model has no place for.
+    """
+
+    keys: Mapping[str, str]
+    tied: Mapping[str, str]
+    untied: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+def resolve(checkpoint: Checkpoint, shell: Shell) -> Sources:
+    """Find the checkpoint's tensor for every parameter of a model; untie in `shell` what differs.
+
+    Args:
+        checkpoint: names as the class has them in memory, or without (or with) the prefix of its
+            base model.
+        shell: the model.
+
+    Raises:
+        InputError: a parameter has no tensor, or one of another shape.
+    """
+    prefix = str(getattr(shell.model, "base_model_prefix", ""))
+    state = shell.model.state_dict()
+    own = {name: _find(checkpoint, name, prefix) for name in state}
+    keys, untied = {}, []
+    for name in state:
+        key = own[name] or next(filter(None, map(own.get, shell.tied.get(name, ()))), None)
+        if key is not None:
+            keys[name] = key
+            _check_shape(checkpoint, key, tuple(state[name].shape), shell.architecture)
+    for name, key in keys.items():
+        first = keys[shell.tied[name][0]] if name in shell.tied else key
+        if key != first and not _equal(checkpoint[key], checkpoint[first]):
+            untied.append(name)
+    _check_complete(checkpoint, shell, keys)
+    untie(shell, untied)
+    used = set(keys.values())
+    return Sources(
+        keys,
+        {name: key for name, key in keys.items() if own[name] is None},
+        tuple(untied),
+        tuple(name for name in checkpoint if checkpoint.aliases.get(name, name) not in used),
+    )
+
+
+def _find(checkpoint: Checkpoint, name: str, prefix: str) -> str | None:
+    """The checkpoint's name for a parameter, or None."""
+    spellings = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+    for new, old in _OLD_NAMES.items():
+        spellings += [s.removesuffix(new) + old for s in spellings[:3] if s.endswith(new)]
+    for spelling in spellings:
+        key = checkpoint.aliases.get(spelling, spelling)
+        if key in checkpoint:
+            return key
+    return None
+
+
+def _check_shape(
+    checkpoint: Checkpoint, key: str, expected: tuple[int, ...], architecture: str
+) -> None:
+    tensor = checkpoint[key]
+    if tuple(tensor.shape) != expected:
+        raise InputError(
+            f"{tensor.origin or checkpoint.label}: {key} has shape {tuple(tensor.shape)}, but "
+            f"{architecture} with this config.json has {expected}; correct the config"
+        )
+
+
+def _check_complete(checkpoint: Checkpoint, shell: Shell, keys: Mapping[str, str]) -> None:
+    parameters = (name for name, _ in shell.model.named_parameters(remove_duplicate=False))
+    missing = [name for name in parameters if name not in keys]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"{checkpoint.label}: has no {', '.join(missing[:3])}{more}, which "
+            f"{shell.architecture} needs; is config.json's architecture the right one?"
+        )
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors have the same values, as transformers decides whether to tie them."""
+    if one.extent is not None and one.extent == other.extent:
+        return True
+    return one.dtype == other.dtype and torch.equal(one.read(), other.read())
+
+
+def write_weights(
+    graph: ir.Graph,
+    checkpoint: Checkpoint,
+    shell: Shell,
+    sources: Sources,
+    path: Path,
+    progress: Callable[[str], None],
+) -> int:
+    """Stream a checkpoint into an external data file and make the graph's initializers refer to it.
+
+    Tensors come in the checkpoint's order, each once however many names it has, cast to the
+    model's types. Large constants of the graph follow.
+
+    Args:
+        graph: the traced graph; its initializers' values are replaced.
+        checkpoint: where the values come from; read once.
+        shell: the traced model, for the types.
+        sources: as `resolve` found them for `checkpoint` and `shell`.
+        path: the data file; must not exist, lies beside the graph's file.
+        progress: is told each tensor's name before it is written.
+
+    Returns:
+        The number of tensors written.
+
+    Raises:
+        InputError: a value is beyond the range of the type it is exported as.
+    """
+    state = shell.model.state_dict()
+    users: dict[str, list[ir.Value]] = {}
+    for name, value in graph.initializers.items():
+        if name in sources.keys:
+            users.setdefault(sources.keys[name], []).append(value)
+    written = 0
+    with path.open("xb") as file:
+        for key in (key for key in checkpoint if key in users):
+            progress(key)
+            offset = _align(file)
+            dtype = state[str(users[key][0].name)].dtype
+            for piece in _pieces(checkpoint[key], dtype):
+                file.write(piece)
+            for value in users[key]:
+                _refer(value, path, offset, file.tell() - offset)
+            written += 1
+        for name, value in graph.initializers.items():
+            if name not in sources.keys and _write_constant(value, file, path):
+                written += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
+def _align(file: IO[bytes]) -> int:
+    file.write(bytes(-file.tell() % _ALIGNMENT))
+    return file.tell()
+
+
+def _pieces(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of a tensor cast to `dtype`, in pieces of bounded size."""
+    count = 0
+    for block in tensor.blocks():
+        flat = block.reshape(-1)
+        for start in range(0, flat.numel(), _PIECE):
+            piece = flat[start : start + _PIECE]
+            cast = piece.to(dtype)
+            if dtype == torch.float16 and bool((cast.isinf() & ~piece.isinf()).any()):
+                raise InputError(
+                    f"{tensor.origin or 'checkpoint'}: {tensor.name} has values beyond the range "
+                    "of fp16; export as fp32"
+                )
+            count += piece.numel()
+            yield tensor_bytes(cast)
+    if count != tensor.numel:
+        raise AssertionError(f"{tensor.name}: {count} of {tensor.numel} elements came")
+
+
+def _refer(value: ir.Value, path: Path, offset: int, length: int) -> None:
+    """Let an initializer take its bytes from the data file."""
+    old = value.const_value
+    assert old is not None  # every initializer of a traced graph has a placeholder
+    value.const_value = ir.ExternalTensor(
+        path.name, offset, length, old.dtype, shape=ir.Shape(old.shape), name=str(value.name),
+        base_dir=path.parent,
+    )  # fmt: skip
+
+
+def _write_constant(value: ir.Value, file: IO[bytes], path: Path) -> bool:
+    """Move a constant made by tracing to the data file if it is large; whether it was."""
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(getattr(tensor, "raw", None), torch.nn.Parameter):
+        raise AssertionError(f"{value.name}: a parameter that has lost its name in tracing")
+    if tensor.nbytes < _INLINE_BYTES:
+        return False
+    offset = _align(file)
+    file.write(tensor.tobytes())
+    _refer(value, path, offset, file.tell() - offset)
+    return True

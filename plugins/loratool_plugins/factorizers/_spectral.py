@@ -1,0 +1,315 @@
+"""What the factorizers share: a delta made ready, orthonormal rows, and the way back to factors.
+
+Everything here works on *rows*: a block of k vectors is a tensor (k, length), because torch multiplies
+such blocks by a large row-major matrix fastest, whether it lies as it is or transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loratool.errors import InputError
+from loratool.linalg import Certificate, Factorization, RankPolicy, squared_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+# Singular values below this share of the largest are rounding of the fp32 delta: not kept.
+_NEGLIGIBLE = 1e-6
+# A share of the energy closer to 1 than this cannot be told from 1 in fp32.
+_SHARE_RESOLUTION = 1e-6
+# Norms in this range need no rescaling: neither squares nor products of blocks leave fp32.
+_SAFE_NORM = (2.0**-30, 2.0**30)
+# A row that projection shrinks below this share of its length was inside the subspace.
+_INSIDE = 1e-4
+# Eigenvalues of a Gram matrix of unit rows below this mean dependent rows.
+_DEPENDENT = 1e-8
+
+
+@dataclass(frozen=True)
+class Target:
+    """The matrix to factorize: delta = 2^exponent * unit, where 1 <= ||unit||_F < 2.
+
+    The unit matrix U is never formed: it is `gain * matrix`, and the powers of two go into the small
+    blocks that are multiplied. So results scale exactly with the delta.
+
+    Attributes:
+        matrix: (rows, columns), fp32, a view of the delta or of its transpose.
+        gain: the power of two that makes `matrix` the unit matrix.
+        exponent: of the power of two that makes the unit matrix the delta.
+        total: ||U||_F^2 in fp64, in [1, 4); 0 for a zero delta.
+        transposed: whether `matrix` is the delta's transpose.
+        rounded: a copy of `matrix` in bf16 for products that need not be exact, or None.
+    """
+
+    matrix: torch.Tensor
+    gain: float
+    exponent: int
+    total: float
+    transposed: bool
+    rounded: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of `matrix`."""
+        rows, columns = self.matrix.shape
+        return rows, columns
+
+    def flipped(self) -> Target:
+        """The same target seen from its other side."""
+        rounded = None if self.rounded is None else self.rounded.t()
+        return replace(
+            self, matrix=self.matrix.t(), rounded=rounded, transposed=not self.transposed
+        )
+
+    def image(self, left: torch.Tensor) -> torch.Tensor:
+        """`left` (k, rows) times U, in fp32: (k, columns)."""
+        return (left @ self.matrix).mul_(self.gain)
+
+    def quick_image(self, left: torch.Tensor) -> torch.Tensor:
+        """The same through the bf16 copy where there is one: about three digits."""
+        if self.rounded is None:
+            return self.image(left)
+        return (left.to(self.rounded.dtype) @ self.rounded).float().mul_(self.gain)
+
+    def tiles(self) -> Iterator[torch.Tensor]:
+        """U in fp64, a few columns at a time: (rows, some)."""
+        width = max(1, _TILE_ELEMENTS // self.shape[0])
+        for tile in self.matrix.split(width, dim=1):
+            yield tile.double().mul_(self.gain)
+
+
+_TILE_ELEMENTS = 2**20
+
+
+def prepare(delta: torch.Tensor) -> Target:
+    """Check `delta` (out, in), measure it, and lay it on its long side.
+
+    Norms so small or large that fp32 products would leave its range are scaled to about 1 first, in
+    place.
+
+    Raises:
+        InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
+    """
+    if delta.dim() != 2 or delta.numel() == 0:
+        raise InputError(f"only matrices can be factorized, not shape {tuple(delta.shape)}")
+    delta = delta.float()
+    moved = 0
+    total = squared_norm(delta)
+    if not _SAFE_NORM[0] <= math.sqrt(abs(total)) <= _SAFE_NORM[1]:
+        moved = _scale_to_one(delta)
+        total = squared_norm(delta)
+    fitted = math.frexp(math.sqrt(total))[1] - 1
+    transposed = delta.shape[0] > delta.shape[1]
+    return Target(
+        matrix=delta.t() if transposed else delta,
+        gain=math.ldexp(1.0, -fitted),
+        exponent=moved + fitted,
+        total=math.ldexp(total, -2 * fitted),
+        transposed=transposed,
+    )
+
+
+def _scale_to_one(delta: torch.Tensor) -> int:
+    """Scale `delta` in place by 2^-e so that its largest element is about 1; return e."""
+    low, high = (float(extreme) for extreme in delta.aminmax())
+    largest = max(-low, high)
+    if not math.isfinite(low + high):
+        raise InputError("the delta holds NaN or Inf")
+    if largest == 0:
+        return 0
+    exponent = math.frexp(largest)[1]
+    half = exponent // 2  # in two steps: 2^149 is no fp32 number
+    delta.mul_(2.0**-half).mul_(2.0 ** (half - exponent))
+    return exponent
+
+
+def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` Gaussian rows (count, length) in fp32, each about 1 long."""
+    import torch
+
+    rows = torch.empty(count, length)
+    return rows.normal_(std=length**-0.5, generator=generator)
+
+
+def whitened(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal rows that span the same space, and the Gram matrix of the rows given.
+
+    Through the eigenvectors of the Gram matrix of the rows made equally long. Dependent rows are
+    left out, so there may be fewer; zero, dependent and tiny rows, on which a Cholesky
+    factorization breaks, need no special case. Do it twice where the rows are far from orthogonal.
+
+    Args:
+        rows: (k, length), fp64.
+
+    Returns:
+        (k' <= k, length) and (k, k), fp64.
+    """
+    import torch
+
+    gram = rows @ rows.t()
+    norms = gram.diagonal().sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    values, vectors = torch.linalg.eigh(inverse[:, None] * gram * inverse)
+    kept = values > _DEPENDENT
+    mixture = inverse[:, None] * vectors[:, kept] * values[kept].rsqrt()
+    return mixture.t() @ rows, gram
+
+
+def extension(
+    block: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New orthonormal rows, orthogonal to `basis`, that cover what `block` adds to it.
+
+    Projected and orthonormalised twice ("twice is enough"). Rows that add nothing are replaced by
+    random ones, so a block never runs dry.
+
+    Args:
+        block: (k, length), fp32.
+        basis: (c, length), fp32, orthonormal.
+        generator: source of the replacements.
+
+    Returns:
+        (k, length) fp32 (fewer rows only if the space is full), and the Gram matrix (k, k) of
+        the block's part outside the basis, fp64.
+    """
+    import torch
+
+    rows, outside = whitened(_projected(block, basis).double())
+    missing = len(block) - len(rows)
+    rows = torch.cat([rows.float(), random_rows(missing, block.shape[1], generator)])
+    rows, _ = whitened(_projected(rows, basis).double())
+    return rows.float(), outside
+
+
+def _projected(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The part of `rows` (k, length) outside `basis` (c, length); 0 where that is only rounding."""
+    import torch
+
+    outside = torch.addmm(rows, rows @ basis.t(), basis, alpha=-1)
+    before, after = (torch.linalg.vector_norm(x, dim=1) for x in (rows, outside))
+    return outside.mul_((after > _INSIDE * before)[:, None])
+
+
+def needed_rank(energies: torch.Tensor, limit: int, wanted: float | None) -> int | None:
+    """How many of the descending `energies` (k,) to keep.
+
+    Args:
+        energies: what each direction captures.
+        limit: keep at most this many.
+        wanted: keep the fewest that sum up to this (None: keep `limit`).
+
+    Returns:
+        The number, or None if `energies` has too few to tell.
+    """
+    reached = len(energies) if wanted is None else int((energies.cumsum(0) < wanted).sum())
+    fits = wanted is not None and reached < len(energies)
+    if fits and reached < limit:
+        return reached + 1
+    return limit if limit <= len(energies) else None
+
+
+def wanted_energy(share: float | None, total: float, margin: float = 0.0) -> float | None:
+    """`share` (with some `margin`) of `total`, as far as fp32 can tell it from the whole."""
+    return None if share is None else min(share + margin, 1 - _SHARE_RESOLUTION) * total
+
+
+def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Factorization:
+    """Factorize through all eigenvectors of the fp64 Gram matrix of the shorter side.
+
+    Costs rows^2 * columns multiplications and an eigenproblem of size rows. The absolute error of a
+    squared singular value is about 1e-16 of the largest: singular values down to 1e-6 of the
+    largest come out to four digits, and fp32 factors can use none below.
+    """
+    import torch
+
+    rows = target.shape[0]
+    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    for tile in target.tiles():
+        gram.addmm_(tile, tile.t())
+    values, vectors = torch.linalg.eigh(gram)
+    energies = values.flip(0).clamp_(min=0.0)
+    target = replace(target, total=float(gram.trace()))
+    limit = policy.limit(target.shape)
+    rank = needed_rank(energies, limit, wanted_energy(policy.energy, target.total)) or limit
+    left = vectors[:, -rank:].t()
+    right = torch.cat([left @ tile for tile in target.tiles()], dim=1)
+    return composed(
+        target, left, right, policy, missed=_FP64_SLACK * target.total, method="gram", steps=steps
+    )
+
+
+_FP64_SLACK = 1e-12
+
+
+def composed(
+    target: Target,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    policy: RankPolicy,
+    *,
+    missed: float,
+    method: str,
+    steps: int,
+) -> Factorization:
+    """Balanced fp32 factors of the delta from U ~ left^T right, cut to the policy's rank.
+
+    Args:
+        target: what was factorized.
+        left: (k, rows), fp64, orthonormal.
+        right: (k, columns), `left` times the unit matrix.
+        policy: how many singular values to keep.
+        missed: bound of the energy outside the subspace that was searched, for the certificate:
+            ||D_r||^2 <= captured + ||D - Q Q^T D||^2 (Ky Fan), in units of target.total.
+        method: numeric path.
+        steps: block steps taken.
+    """
+    import torch
+
+    right = right.double()
+    values, vectors = torch.linalg.eigh(right @ right.t())
+    energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
+    usable = max(1, int((energies > _NEGLIGIBLE**2 * energies[0]).sum()))
+    limit = min(policy.limit(target.shape), usable)
+    wanted = wanted_energy(policy.energy, target.total)
+    rank = needed_rank(energies[:usable], limit, wanted) or usable
+    energies, vectors = energies[:rank], vectors[:, :rank]
+    captured = float(energies.sum())
+    root = energies.sqrt()
+    sigma = root * 2.0**target.exponent
+    left = (vectors.t() @ left) * sigma.sqrt()[:, None]
+    right = (vectors.t() @ right) * (sigma.sqrt() / root)[:, None]
+    out, into = (right, left) if target.transposed else (left, right)
+
+    def in_units_of_the_delta(energy: float) -> float:
+        return math.ldexp(energy, 2 * target.exponent)
+
+    return Factorization(
+        a=into.float().contiguous(),
+        b=out.t().float().contiguous(),
+        sigma=sigma,
+        certificate=Certificate(
+            rank=rank,
+            total=in_units_of_the_delta(target.total),
+            captured=in_units_of_the_delta(captured),
+            optimum_bound=in_units_of_the_delta(min(target.total, captured + missed)),
+            method=method,
+            steps=steps,
+        ),
+    )
+
+
+def zero_factorization(shape: tuple[int, int]) -> Factorization:
+    """Rank 1 and all zero: the factors (1, in) and (out, 1) of a zero delta of `shape`."""
+    import torch
+
+    return Factorization(
+        a=torch.zeros(1, shape[1]),
+        b=torch.zeros(shape[0], 1),
+        sigma=torch.zeros(1, dtype=torch.float64),
+        certificate=Certificate(rank=1, total=0.0, captured=0.0, method="zero"),
+    )

@@ -1,0 +1,310 @@
+"""The default factorizer: an adaptive block Krylov range finder.
+
+Method: C. Musco and C. Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
+Singular Value Decomposition, 2015 (arXiv 1504.05477). The subspace spanned by D X, (D D^T) D X, ...
+for a random block X holds directions that capture nearly as much of D as the best ones do, after
+few products with D. Every block is kept, and the best directions in their span are found by
+Rayleigh and Ritz: they are the eigenvectors of Q^T D D^T Q, Q being the orthonormal basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from loratool.linalg import Factorization, RankPolicy, Workspace
+
+from loratool_plugins.factorizers import _spectral as spectral
+
+if TYPE_CHECKING:
+    import torch
+
+# A delta with a side this short costs less through its whole Gram matrix.
+_SMALL_SIDE = 64
+# bf16 rounds each factor of a product by at most 2^-9, so an energy is off by less than 2^-7 in all
+# and, the roundings being independent, by about 1e-5: shares are sought with 1e-4 to spare.
+_BF16_SLACK, _BF16_MARGIN = 2.0**-7, 1e-4
+_FP32_SLACK = 1e-6
+# Where less than this is lost the delta is nearly of low rank, and bf16 directions would show.
+_NEARLY_LOW_RANK = 1e-2
+# The first blocks are all judged, later ones when the basis has grown by this factor: each
+# judgement is an eigenproblem of the size of the basis.
+_ALWAYS_JUDGED, _JUDGED_GROWTH = 8, 1.125
+
+_scratch = Workspace()
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """Truncated SVD by an adaptive block Krylov range finder.
+
+    Blocks are added until two estimates of the energy still missing are below the tolerance (see
+    `residual_bound` and `expected_gain`). A delta that needs a basis beyond half its shorter side
+    is factorized through its Gram matrix instead. That the tolerance is met is measured, not
+    proved; what is proved is the certificate's optimum_bound.
+
+    With compute "bf16" the basis is found with bf16 copies of the delta and of the blocks, at a
+    third of the cost; the energies and the factors come from a last product in fp32. Results are
+    bit-identical for the same seed, kind of CPU, version of torch and number of intra-op threads:
+    loratool always factorizes with one (torch.set_num_threads(1)).
+    """
+
+    compute: Literal["auto", "fp32", "bf16"] = field(
+        default="auto",
+        metadata={
+            "help": "precision of the products that find the directions: fp32, bf16, or auto "
+            "(bf16 if the CPU multiplies it natively)"
+        },
+    )
+    tolerance: float = field(
+        default=1e-3,
+        metadata={"help": "share of the best energy of this rank that may be missing"},
+    )
+
+    def factorize(
+        self, delta: torch.Tensor, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """Factorize `delta` (out, in), fp32, which may be overwritten.
+
+        Args:
+            delta: the matrix.
+            policy: how many singular values to keep.
+            generator: source of the random start, on the CPU.
+
+        Raises:
+            InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
+        """
+        target = spectral.prepare(delta)
+        if target.total == 0:
+            return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
+        limit = policy.limit(target.shape)
+        width = 16 if limit <= 16 else 32
+        least = limit if policy.energy is None else 1
+        if target.shape[0] <= _SMALL_SIDE or 2 * (least + width) > target.shape[0]:
+            return spectral.gram_factorization(target, policy)
+        if self._rounds(policy):
+            target = replace(target, rounded=_bf16_copy(target))
+        space = Subspace(target, policy, self.tolerance)
+        found = space.factorization() if space.grow(width, generator) else None
+        return found or spectral.gram_factorization(target, policy, space.steps)
+
+    def _rounds(self, policy: RankPolicy) -> bool:
+        """Whether to find directions in bf16, which cannot see the last 1e-3 of the energy."""
+        if policy.energy is not None and policy.energy > 1 - 10 * _BF16_MARGIN:
+            return False
+        return self.compute == "bf16" or (self.compute == "auto" and _cpu_multiplies_bf16())
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products: by its flags, never by timing."""
+    import torch
+
+    flags = torch.cpu.get_capabilities()
+    native = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))
+    return native and torch.backends.mkldnn.is_available()
+
+
+def _bf16_copy(target: spectral.Target) -> torch.Tensor:
+    """The target's matrix in bf16, in this thread's scratch and in the same layout."""
+    import torch
+
+    delta = target.matrix.t() if target.transposed else target.matrix
+    rounded = _scratch.take("rounded", (delta.shape[0], delta.shape[1]), torch.bfloat16)
+    rounded.copy_(delta)
+    return rounded.t() if target.transposed else rounded
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a subspace holds at one moment; energies in units of the target's.
+
+    Attributes:
+        energies: (c,) fp64, descending: squared singular values of Q^T U, the Ritz values.
+        vectors: (c, c) fp64: their directions in the basis, as columns.
+        rank: how many the policy asks for; None if the subspace is too small to tell.
+        missed: energy outside the subspace, ||U||_F^2 - ||Q^T U||_F^2.
+    """
+
+    energies: torch.Tensor
+    vectors: torch.Tensor
+    rank: int | None
+    missed: float
+
+    def captured(self, rank: int) -> float:
+        """Energy of the best `rank` directions."""
+        return float(self.energies[:rank].sum())
+
+
+class Subspace:
+    """The Krylov subspace of one target U while it grows: Q and Q^T U.
+
+    Attributes:
+        size: vectors in the basis so far, c.
+        steps: blocks in it.
+    """
+
+    def __init__(self, target: spectral.Target, policy: RankPolicy, tolerance: float) -> None:
+        import torch
+
+        rows, columns = target.shape
+        self.size = 0
+        self.steps = 0
+        self._target = target
+        self._flipped = target.flipped()
+        self._policy = policy
+        self._tolerance = tolerance
+        self._capacity = rows // 2
+        self._basis = _scratch.take("basis", (self._capacity, rows), torch.float32)
+        self._images = _scratch.take("images", (self._capacity, columns), torch.float32)
+        self._products = _scratch.take("products", (self._capacity,) * 2, torch.float64)
+        self._judgements: list[Judgement] = []
+        self._judged_size = 0
+
+    def grow(self, width: int, generator: torch.Generator) -> bool:
+        """Add blocks of `width` vectors until the subspace is good enough.
+
+        Returns:
+            False if it still is not when the basis would pass half the shorter side.
+        """
+        start = spectral.random_rows(width, self._target.shape[1], generator)
+        block = self._flipped.quick_image(start)
+        while self.size + width <= self._capacity:
+            rows, outside = spectral.extension(block, self._basis[: self.size], generator)
+            if self.size and self.size == self._judged_size and self._has_converged(outside):
+                return True
+            self._append(rows)
+            if self._is_due():
+                self._judge()
+                if self._holds_everything():
+                    return True
+            block = self._flipped.quick_image(self._images[self.size - len(rows) : self.size])
+        return False
+
+    def _append(self, rows: torch.Tensor) -> None:
+        """Take orthonormal `rows` (k, rows) into the basis, and their products with the target."""
+        old, new = self.size, self.size + len(rows)
+        self._basis[old:new] = rows
+        self._images[old:new] = self._target.quick_image(rows)
+        products = self._images[old:new] @ self._images[:new].t()
+        self._products[old:new, :new] = products
+        self._products[:old, old:new] = products[:, :old].t()
+        self.size = new
+        self.steps += 1
+
+    def _is_due(self) -> bool:
+        """Whether the subspace has grown enough to be judged again."""
+        return self.steps <= _ALWAYS_JUDGED or self.size >= _JUDGED_GROWTH * self._judged_size
+
+    def _judge(self) -> None:
+        """Find the Ritz values and vectors, and the rank in question."""
+        import torch
+
+        products = self._products[: self.size, : self.size]
+        values, vectors = torch.linalg.eigh(products)
+        energies = values.flip(0).clamp_(min=0.0)
+        margin = 0.0 if self._target.rounded is None else _BF16_MARGIN
+        total = self._target.total
+        rank = spectral.needed_rank(
+            energies,
+            self._policy.limit(self._target.shape),
+            spectral.wanted_energy(self._policy.energy, total, margin),
+        )
+        missed = max(0.0, total - float(energies.sum()))
+        self._judgements.append(Judgement(energies, vectors.flip(1), rank, missed))
+        self._judged_size = self.size
+
+    def _holds_everything(self) -> bool:
+        """Whether too little lies outside the subspace to matter, whatever it is."""
+        now = self._judgements[-1]
+        return now.rank is not None and now.missed <= self._tolerance * now.captured(now.rank)
+
+    def _has_converged(self, outside: torch.Tensor) -> bool:
+        """Whether both estimates of the energy still missing are small at the rank in question.
+
+        Args:
+            outside: (k, k) fp64, Gram matrix of what the next block adds to the basis.
+        """
+        now = self._judgements[-1]
+        if now.rank is None or now.rank == self.size:
+            return False
+        captured = now.captured(now.rank)
+        before = [judgement.captured(now.rank) for judgement in self._judgements[-3:-1]]
+        if expected_gain([0.0, *before, captured][-3:]) > self._tolerance / 2 * captured:
+            return False
+        ends = now.vectors[-len(outside) :, : now.rank]
+        residual = float((ends * (outside @ ends)).sum())
+        return residual_bound(now.energies, now.rank, residual) <= self._tolerance * captured
+
+    def factorization(self) -> Factorization | None:
+        """Factors from the best directions found, through one exact product.
+
+        Returns:
+            None if the exact product does not confirm the share of the energy that is wanted.
+        """
+        now = self._judgements[-1]
+        best = now.vectors[:, : now.rank].t().float() @ self._basis[: self.size]
+        left, _ = spectral.whitened(best.double())
+        right = self._target.image(left.float()).double()
+        captured = float(right.square().sum())
+        total = self._target.total
+        wanted = spectral.wanted_energy(self._policy.energy, total)
+        capped = now.rank == self._policy.limit(self._target.shape)
+        if wanted is not None and captured < wanted and not capped:
+            return None
+        fast = self._target.rounded is not None
+        target = self._target
+        if fast and total - captured < _NEARLY_LOW_RANK * total:
+            # Half a step of subspace iteration in fp32 takes the rounding out of the directions.
+            target, left = self._flipped, spectral.whitened(spectral.whitened(right)[0])[0]
+            right = target.image(left.float()).double()
+        return spectral.composed(
+            target,
+            left,
+            right,
+            self._policy,
+            missed=now.missed + (_BF16_SLACK if fast else _FP32_SLACK) * total,
+            method="krylov-bf16" if fast else "krylov-fp32",
+            steps=self.steps,
+        )
+
+
+def expected_gain(captured: list[float]) -> float:
+    """Energy that further steps will add if gains go on shrinking as they did.
+
+    Args:
+        captured: energy captured at three successive judgements, oldest first (or at two, the
+            first of them 0: nothing captured before the first).
+
+    Returns:
+        The sum of the geometric series of gains, its ratio held to [0.5, 0.95].
+    """
+    gains = [after - before for before, after in zip(captured, captured[1:], strict=False)]
+    if len(gains) < 2:
+        return captured[-1]
+    ratio = gains[1] / gains[0] if gains[0] > 0 else 0.5
+    ratio = min(max(ratio, 0.5), 0.95)
+    return max(gains[1], 0.0) * ratio / (1 - ratio)
+
+
+def residual_bound(energies: torch.Tensor, rank: int, residual: float) -> float:
+    """Bound of the energy that directions outside the subspace could add at `rank`.
+
+    For every w > 0 the coupling S between the Ritz vectors and the rest costs at most
+    ||S||_F^2 / w + sum_i max(0, theta_{r+1}^2 + w - theta_i^2), i <= r, provided that nothing
+    outside has more energy than theta_{r+1}^2. The minimum over w lies at sqrt(||S||_F^2 / k)
+    for some number k of terms that are not 0, or where a term becomes 0.
+
+    Args:
+        energies: (c,) fp64, Ritz values theta^2, descending, c > rank.
+        rank: r.
+        residual: ||S||_F^2, the squared residuals of the first r Ritz vectors.
+    """
+    import torch
+
+    if residual <= 0:
+        return 0.0
+    gaps = energies[:rank] - energies[rank]
+    counts = torch.arange(1, rank + 1, dtype=torch.float64)
+    widths = torch.cat([(residual / counts).sqrt(), gaps[gaps > 0]])
+    added = (widths[:, None] - gaps).clamp_(min=0.0).sum(dim=1)
+    return float((residual / widths + added).min())
