@@ -138,4 +138,3 @@ def _ambiguous(
         example = next(iter(candidates[prefix_here, prefix_there].items()))
         lines.append(f"  --map {prefix_here}={prefix_there}   ({example[0]} is {example[1]})")
     return "\n".join(lines)
-

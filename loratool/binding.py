@@ -17,7 +17,6 @@ from loratool.dtypes import is_float
 from loratool.errors import MismatchError, Problem
 from loratool.skeleton import Skeleton, build_skeleton
 
-
 # Companions of quantized weights in the common schemes.
 _SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
 
@@ -80,8 +79,9 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
         else:
             found = [_missing(name, alignment, base)]
         problems.extend(found)
-    changed |= _tied_copies(changed, base, skeleton)
     dropped = tuple(name for name in adapter.dropped if name in base)
+    copies = _tied_copies(changed, base, skeleton)
+    changed |= {name: bound for name, bound in copies.items() if name not in dropped}
     return Binding(changed, added, dropped, alignment, tuple(problems))
 
 
@@ -104,9 +104,7 @@ def _fit(
     expected = tensor.shape[::-1] if transposed else tensor.shape
     if update.shape != expected:
         message = f"B @ A does not have the shape of {target} in the base"
-        problems.append(
-            Problem("error", update.name, message, f"{expected}", f"{update.shape}")
-        )
+        problems.append(Problem("error", update.name, message, f"{expected}", f"{update.shape}"))
     if not is_float(tensor.dtype):
         message = f"{target} is quantized or integer in the base: updates cannot be added to it"
         problems.append(Problem("error", update.name, message, "a float dtype", tensor.dtype))
@@ -131,9 +129,7 @@ def _is_transposed(
     return shape != update.shape and shape == update.shape[::-1]
 
 
-def _is_tied_twin(
-    name: str, adapter: Adapter, alignment: Alignment, skeleton: Skeleton
-) -> bool:
+def _is_tied_twin(name: str, adapter: Adapter, alignment: Alignment, skeleton: Skeleton) -> bool:
     """Whether `name` only repeats, for PEFT, the embedding that it is tied to."""
     twin = adapter.tied.get(name) or skeleton.tied.get(name)
     return twin is not None and twin in adapter and twin in alignment.pairs

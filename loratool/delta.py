@@ -105,7 +105,7 @@ class DeltaReader:
         return found
 
     def _generator(self, name: str) -> torch.Generator:
-        """Random numbers that depend on the seed and the tensor's name, not on the order of work."""
+        """Random numbers that depend on seed and name, not on the order of work."""
         digest = blake3.blake3(f"{self._seed}\0{name}".encode()).digest(8)
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -62,9 +62,7 @@ def single_threaded_tasks() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def save_adapter(
-    adapter: Adapter, target: Path, drain: Drain, format_name: str = "peft"
-) -> Report:
+def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str = "peft") -> Report:
     """Compute every update of an adapter and write it, with its manifest and model card.
 
     Raises:

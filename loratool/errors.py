@@ -1,6 +1,6 @@
 """What can go wrong for a user, and the complaint that says so.
 
-    LoratoolError                the inputs do not allow it: exit status 1, one message, no traceback
+    LoratoolError                the inputs do not allow it: one message, exit status 1
     |-- InputError               a file, tensor or option value cannot be used
     |   |-- FormatError          a file is not what its name or header claims
     |   `-- MismatchError        two inputs do not belong together

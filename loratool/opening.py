@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.errors import FormatError, InputError
+from loratool.errors import FormatError, InputError, PluginError
 from loratool.refs import parse_ref
+
+# What else a path may hold: plugin kind, and what a person calls it.
+_OTHERS = {
+    "checkpoint": ("adapter_formats", "an adapter"),
+    "adapter": ("checkpoint_formats", "a whole model"),
+}
 
 
 def resolve(ref: str | Path) -> Path:
@@ -19,12 +26,13 @@ def resolve(ref: str | Path) -> Path:
         InputError: it does not exist, or no store can fetch it.
     """
     parsed = parse_ref(ref)
-    for name in plugins.names("stores"):
-        store = plugins.create("stores", name)
+    broken: list[str] = []
+    for store in _usable("stores", broken):
         if store.holds(parsed):
             found: Path = store.fetch(parsed)
             return found
-    raise InputError(f"{parsed.text}: no such file or directory")
+    hint = "; if it is a name on the Hub, download it first" if parsed.repo else "; check the path"
+    raise InputError(f"{parsed.text or repr('')}: no such file or directory{hint}{_list(broken)}")
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:
@@ -52,9 +60,41 @@ def open_adapter(ref: str | Path) -> Adapter:
 
 
 def _detect(kind: str, path: Path, what: str) -> Any:
-    tried = plugins.names(kind)
-    for name in tried:
-        plugin = plugins.create(kind, name)
+    broken: list[str] = []
+    for plugin in _usable(kind, broken):
         if plugin.detect(path):
             return plugin
-    raise FormatError(f"{path}: holds no {what} that loratool can read (tried: {', '.join(tried)})")
+    raise FormatError(
+        f"{path}: holds no {what} that loratool can read "
+        f"(tried: {', '.join(plugins.names(kind))}){_hint(path, what)}{_list(broken)}"
+    )
+
+
+def _usable(kind: str, broken: list[str]) -> Iterator[Any]:
+    """The plugins of a kind; one that cannot be had is passed over, and told to `broken`."""
+    for name in plugins.names(kind):
+        try:
+            plugin = plugins.create(kind, name)
+        except PluginError as error:
+            broken.append(str(error))
+            continue
+        yield plugin
+
+
+def _list(broken: list[str]) -> str:
+    return "".join(f"\n  {message}" for message in broken)
+
+
+def _hint(path: Path, what: str) -> str:
+    """What the path may have been confused with."""
+    kind, name = _OTHERS[what]
+    if what == "adapter" and path.is_file() and _is_held("adapter_formats", path.parent):
+        return f"; name its directory, {path.parent}"
+    return f"; it is {name}" if _is_held(kind, path) else ""
+
+
+def _is_held(kind: str, path: Path) -> bool:
+    try:
+        return any(plugin.detect(path) for plugin in _usable(kind, []))
+    except InputError:
+        return False

@@ -105,7 +105,7 @@ class Outcome:
         lines = [
             f"{len(self.low_rank)} low-rank updates, {len(self.replaced)} tensors kept whole, "
             f"{self.unchanged} unchanged",
-            f"energy captured: {format_share(self.energy)} of ||delta||^2 over all low-rank updates",
+            f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
         ]
         tuned = data.get("finetuned", {}).get("bytes")
         share = f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
@@ -117,9 +117,7 @@ class Outcome:
             )
         for name, norm in self.left_out.items():
             lines.append(f"left out: {name} ({_norm(norm)})")
-        return Report(
-            f"Extracted {target}", data, tuple(lines), self._table(), self.adapter.notes
-        )
+        return Report(f"Extracted {target}", data, tuple(lines), self._table(), self.adapter.notes)
 
     def _table(self) -> Table:
         rows = [

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.errors import UsageError
+from loratool.errors import InputError, UsageError
 
 _HUB_NAME = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>.+))?"
@@ -32,14 +32,25 @@ class Ref:
 
 
 def parse_ref(text: str | Path) -> Ref:
-    """Read a reference; a local path of that name wins over the Hub."""
+    """Read a reference; a local path of that name wins over the Hub.
+
+    Raises:
+        InputError: a local path that may not be looked at, or that cannot be a path.
+    """
     text = str(text)
-    if text and Path(text).exists():
+    if text and _exists(text):
         return Ref(text, Path(text))
     match = _HUB_NAME.fullmatch(text)
     if match is None:
         return Ref(text, None)
     return Ref(text, None, match["id"], match["revision"], match["subfolder"])
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError as error:  # an unreadable parent, a name that is too long
+        raise InputError(f"{text}: cannot be read: {error.strerror}") from error
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
@@ -48,15 +59,20 @@ def parse_weighted(text: str) -> tuple[str, float]:
     A path that itself holds an equals sign is taken as it is when it exists.
 
     Raises:
-        UsageError: the weight is not a finite number.
+        UsageError: the weight is not a finite number, or nothing stands before it.
+        InputError: as `parse_ref`.
     """
     head, sign, tail = text.rpartition("=")
-    if not sign or Path(text).exists():
+    if not sign or _exists(text):
         return text, 1.0
+    if not head:
+        raise UsageError(f"{text!r}: name an adapter before the weight: PATH=WEIGHT")
     try:
         weight = float(tail)
     except ValueError:
-        raise UsageError(f"{text}: {tail!r} after the equals sign is not a weight") from None
+        raise UsageError(
+            f"{text}: {tail!r} after the equals sign is not a weight; write it like {head}=0.7"
+        ) from None
     if not math.isfinite(weight):
-        raise UsageError(f"{text}: the weight must be finite, not {tail}")
+        raise UsageError(f"{text}: the weight must be a finite number, not {tail}")
     return head, weight

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 _ALIGNMENT = 64  # so that a mapped tensor is aligned for any GPU kernel
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise FormatError(f"{path}: too short for a safetensors file ({size} bytes)")
+                raise FormatError(
+                    f"{path}: too short for a safetensors file ({size} bytes); download it again"
+                )
             (length,) = struct.unpack("<Q", prefix)
             if length > min(_MAX_HEADER, size - 8):
                 raise FormatError(
@@ -70,7 +74,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     content = _parse_json(path, raw)
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}  # the reference implementation reads null so
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path}: __metadata__ in the safetensors header must map text to text")
     entries = sorted(
@@ -82,39 +88,54 @@ def read_header(path: Path) -> Header:
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise FormatError(f"{path}: the safetensors header names a tensor twice")
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FormatError(f"{path}: {key}: the safetensors header names it twice")
+            found[key] = value
+            # JSON can spell lone surrogates, which are no text and could not be written again.
+            for text in (key, value):
+                if isinstance(text, str):
+                    text.encode()
         return found
 
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=reject_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: the safetensors header is not valid JSON ({error})") from error
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=checked)
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
+        raise FormatError(
+            f"{path}: the safetensors header is not valid JSON ({error}); download it again"
+        ) from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: the safetensors header is not a JSON object")
     return content
 
 
 def _parse_entry(path: Path, name: str, value: Any) -> Entry:
-    def is_count(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+    def are_counts(numbers: Any, most: int) -> bool:
+        return (
+            isinstance(numbers, list)
+            and len(numbers) <= most
+            and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+        )
 
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        begin, end = offsets
-        valid = isinstance(dtype, str) and all(map(is_count, [*shape, begin, end]))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError):
         valid = False
+    else:
+        valid = isinstance(dtype, str) and are_counts(shape, _MAX_DIMENSIONS)
+        valid = valid and are_counts(offsets, 2) and len(offsets) == 2
     if not valid:
         raise FormatError(
-            f"{path}: {name}: the header needs a dtype, a shape and two data_offsets, has {value!r}"
+            f"{path}: {name}: the header needs a dtype, a shape and two data_offsets, "
+            f"has {reprlib.repr(value)}"
         )
     try:
         expected = math.prod(shape) * itemsize(dtype)
     except FormatError as error:
         raise FormatError(f"{path}: {name}: {error}") from None
+    begin, end = offsets
     if end - begin != expected:
         raise FormatError(
             f"{path}: {name}: {dtype} of shape {shape} takes {expected} bytes, "
@@ -132,11 +153,17 @@ def _check_layout(path: Path, entries: list[Entry], available: int) -> None:
                 f"{available} bytes of tensors: the file is truncated; download it again"
             )
         if entry.begin != position:
-            kind = "overlap" if entry.begin < position else "leave a gap"
-            raise FormatError(f"{path}: {entry.name}: tensors {kind} at byte {entry.begin}")
+            wrong = "overlaps the one before" if entry.begin < position else "leaves a gap"
+            raise FormatError(
+                f"{path}: {entry.name}: begins at byte {entry.begin} and {wrong}, which ends at "
+                f"{position}: the file is damaged; download it again"
+            )
         position = entry.end
     if position != available:
-        raise FormatError(f"{path}: {available - position} bytes after the last tensor")
+        raise FormatError(
+            f"{path}: {available - position} bytes after the last tensor belong to no tensor; "
+            "download it again"
+        )
 
 
 def build_header(
@@ -180,6 +207,8 @@ class _MappedFile:
                     self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
             except (OSError, ValueError) as error:
                 raise InputError(f"{self.path}: cannot be mapped: {error}") from error
+        if data_start + entry.end > len(self.maps[0]):
+            raise InputError(f"{self.path}: became shorter while it was read")
         count = math.prod(entry.shape)
         flat = torch.frombuffer(
             self.maps[0], dtype=dtype, count=count, offset=data_start + entry.begin

@@ -10,7 +10,7 @@ from typing import ClassVar
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.engine import Drain, single_threaded_tasks
+from loratool.engine import Drain
 from loratool.errors import InputError, raise_problems
 from loratool.plugins import Exporter, Operand, option
 from loratool.reports import Report
@@ -28,7 +28,7 @@ class LazyExport:
         exporter: the plugin that does it.
     """
 
-    merged: MergedCheckpoint
+    merged: Checkpoint
     base: Checkpoint
     exporter: Exporter
 
@@ -65,9 +65,7 @@ class Export:
     exporter: str = option("onnx", "how to export, with options: onnx:dtype=fp16", kind="exporters")
     architecture: str = option("", "model class or type, where config.json does not say")
 
-    def run(
-        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]] = ()
-    ) -> LazyExport:
+    def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]] = ()) -> LazyExport:
         """Bind the adapters, and ask the exporter by headers whether it can do it.
 
         Raises:

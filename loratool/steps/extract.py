@@ -45,7 +45,9 @@ class Extract:
     energy: float | None = option(
         None, "keep the smallest rank that captures this share of ||delta||^2; --rank caps it"
     )
-    target: tuple[str, ...] = option((), "only tensors whose name matches this glob", metavar="GLOB")
+    target: tuple[str, ...] = option(
+        (), "only tensors whose name matches this glob", metavar="GLOB"
+    )
     exclude: tuple[str, ...] = option((), "no tensor whose name matches this glob", metavar="GLOB")
     factorizer: str = option("krylov", "how to factorize", kind="factorizers")
     seed: int = option(0, "seed of the factorizer's random start")
@@ -119,15 +121,11 @@ class _Plan:
     notes: tuple[str, ...] = field(default=())
 
 
-def _plan(
-    step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy
-) -> _Plan:
+def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
     shapes = {name: tensor.shape for name, tensor in finetuned.items()}
     base_shapes = {name: tensor.shape for name, tensor in base.items()}
     alignment = align(shapes, base_shapes, parse_moves(step.map))
-    config, config_notes = complete_config(
-        finetuned.config, shapes, base.config, step.architecture
-    )
+    config, config_notes = complete_config(finetuned.config, shapes, base.config, step.architecture)
     skeleton = build_skeleton(config, shapes)
     _check_related(alignment, finetuned, base, skeleton)
     selected = tuple(name for name in finetuned if _is_selected(step, name))
@@ -147,9 +145,7 @@ def _plan(
             f"rank {policy.rank} is more than {len(small)} matrices have ({small[0]}, ...): "
             "these get their full rank"
         )
-    return _Plan(
-        base, finetuned, alignment, config, skeleton, dropped, selected, tuple(notes)
-    )
+    return _Plan(base, finetuned, alignment, config, skeleton, dropped, selected, tuple(notes))
 
 
 def _smaller_than(

@@ -86,9 +86,7 @@ class Merge:
     )
     architecture: str = option("", "model class or type, where config.json does not say")
 
-    def run(
-        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
-    ) -> MergedCheckpoint:
+    def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> MergedCheckpoint:
         """Bind every adapter and plan the merged tensors; nothing is computed yet.
 
         Raises:

@@ -124,9 +124,7 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
     twins = {head: table for head, table in adapter.tied.items() if table in inside}
     whole |= {PREFIX + head: table for head, table in twins.items()}
     placeholder = None if low_rank else _any_linear(adapter, inside)
-    return Layout(
-        low_rank, whole, tuple(sorted(saved)), bool(biases), bool(twins), placeholder
-    )
+    return Layout(low_rank, whole, tuple(sorted(saved)), bool(biases), bool(twins), placeholder)
 
 
 def _is_plain_bias(name: str, adapter: Adapter, replaced: set[str]) -> bool:

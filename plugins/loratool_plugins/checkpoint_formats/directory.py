@@ -66,7 +66,9 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
 
 
 def _is_training_state(name: str) -> bool:
-    return name.startswith(("adapter_model", "training_args", "optimizer", "scheduler", "rng_state"))
+    return name.startswith(
+        ("adapter_model", "training_args", "optimizer", "scheduler", "rng_state")
+    )
 
 
 def _read_index(index: Path) -> WeightFiles:

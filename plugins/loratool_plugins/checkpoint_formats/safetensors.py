@@ -37,9 +37,7 @@ class Safetensors:
             metadata[name] = header.metadata
             for key, tensor in lazy_tensors(found.folder / name, header).items():
                 if key in tensors:
-                    raise FormatError(
-                        f"{found.folder / name}: {key}: is already in {shards[key]}"
-                    )
+                    raise FormatError(f"{found.folder / name}: {key}: is already in {shards[key]}")
                 tensors[key] = tensor
                 shards[key] = name
         directory.check_index(found, shards)

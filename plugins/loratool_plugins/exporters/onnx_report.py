@@ -15,20 +15,21 @@ from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
 from loratool.reports import format_bytes
 from loratool_plugins.exporters.onnx_verify import Comparison, Tolerance
-from loratool_plugins.exporters.onnx_weights import Sources
+from loratool_plugins.exporters.onnx_weights import Sources, Written
 
 _PACKAGES = ("transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def describe(
-    model: ir.Model, files: Sequence[Path], sources: Sources, tensors: int
+    model: ir.Model, files: Sequence[Path], sources: Sources, written: Written
 ) -> dict[str, Any]:
     """Files, inputs, outputs and weights of a saved model."""
     return {
         "files": {path.name: path.stat().st_size for path in files},
         "inputs": [_signature(value) for value in model.graph.inputs],
         "outputs": [_signature(value) for value in model.graph.outputs],
-        "external_tensors": tensors,
+        "weights": len(written.places),
+        "external_constants": written.constants,
         "tied": dict(sources.tied),
         "untied": list(sources.untied),
         "surplus": list(sources.surplus),
@@ -54,6 +55,7 @@ def describe_verification(
                 "batch": found.batch,
                 "sequence": found.sequence,
                 "max_difference": dict(found.differences),
+                "allowed": {n: tolerance.limit(v) for n, v in found.largest.items()},
                 "largest_value": dict(found.largest),
             }
             for found in comparisons
@@ -72,7 +74,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
     }
 
 
-def lines(data: Mapping[str, Any], tolerance: Tolerance) -> tuple[str, ...]:
+def lines(data: Mapping[str, Any]) -> tuple[str, ...]:
     """The facts for people, one a line."""
     found, nodes = data["verification"], data["nodes"]
     rows = [f"{name}: {format_bytes(size)}" for name, size in data["files"].items()]
@@ -83,10 +85,13 @@ def lines(data: Mapping[str, Any], tolerance: Tolerance) -> tuple[str, ...]:
     )
     rows.append(f"verified with ONNX Runtime on {', '.join(found['providers'])}")
     for entry in found["inputs"]:
-        differences = ", ".join(f"{n} {d:.1e}" for n, d in entry["max_difference"].items())
+        differences = ", ".join(
+            f"{name} {difference:.1e} (allowed: {entry['allowed'][name]:.1e})"
+            for name, difference in entry["max_difference"].items()
+        )
         rows.append(
             f"largest difference from PyTorch on {entry['batch']} x {entry['sequence']} tokens: "
-            f"{differences} (allowed: {tolerance})"
+            f"{differences}"
         )
     return tuple(rows)
 

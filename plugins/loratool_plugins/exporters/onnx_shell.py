@@ -48,10 +48,10 @@ def load_class(content: Mapping[str, Any]) -> tuple[Any, Any]:
             values are refused.
     """
     names, model_type = content.get("architectures"), content.get("model_type")
-    if not names or not model_type:
+    if not (isinstance(names, list) and names and model_type):
         raise InputError("config.json: must name model_type and architectures to be exported")
     cls: Any = getattr(transformers, str(names[0]), None)
-    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+    if not _is_model_class(cls):
         raise InputError(
             f"config.json: transformers {transformers.__version__} has no model class "
             f"{names[0]!r}; models that bring their own code cannot be exported"
@@ -69,6 +69,11 @@ def load_class(content: Mapping[str, Any]) -> tuple[Any, Any]:
         setattr(config, flag, False)
     config.return_dict = True
     return cls, config
+
+
+def _is_model_class(found: Any) -> bool:
+    known = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
+    return known and found.config_class is not None
 
 
 def build_shell(content: Mapping[str, Any], dtype: torch.dtype) -> Shell:
@@ -171,7 +176,8 @@ def sample_inputs(cls: Any, config: Any, batch: int, sequence: int, seed: int = 
     limit = position_limit(config)
     sequence = min(sequence, max(1, limit // 2)) if limit else sequence
     generator = torch.Generator().manual_seed(seed)
-    pad = text.pad_token_id if isinstance(getattr(text, "pad_token_id", None), int) else 0
+    pad = getattr(text, "pad_token_id", None)
+    pad = pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else 0
     ids = torch.randint(0, text.vocab_size, (batch, sequence), generator=generator)
     ids[ids == pad] = (pad + 1) % text.vocab_size
     mask = torch.ones_like(ids)

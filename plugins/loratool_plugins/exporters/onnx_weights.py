@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from loratool.checkpoint import Checkpoint, LazyTensor
-from loratool.errors import InputError
+from loratool.errors import InputError, VerificationError
 from loratool.writer import tensor_bytes
 from loratool_plugins.exporters.onnx_shell import Shell, untie
 
@@ -40,6 +41,38 @@ class Sources:
     tied: Mapping[str, str]
     untied: tuple[str, ...]
     surplus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where the tensors of a checkpoint lie in an external data file.
+
+    Attributes:
+        path: the file.
+        places: name in the checkpoint -> offset in bytes, and the type it was cast to.
+        constants: how many constants of the graph the file holds as well.
+    """
+
+    path: Path
+    places: Mapping[str, tuple[int, torch.dtype]]
+    constants: int
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compare the file with the tensors that it should hold, bit by bit.
+
+        Raises:
+            VerificationError: a tensor is not what was written.
+        """
+        stored = np.memmap(self.path, np.uint8, "r") if self.places else np.empty(0, np.uint8)
+        for name, (offset, dtype) in self.places.items():
+            for piece in _cast_pieces([tensors[name]], dtype):
+                data = np.frombuffer(tensor_bytes(piece), np.uint8)
+                if not np.array_equal(data, stored[offset : offset + data.size]):
+                    raise VerificationError(
+                        f"{self.path.name}: {name} is not what the checkpoint gives when it is "
+                        "read again; did an input change meanwhile?"
+                    )
+                offset += data.size
 
 
 def resolve(checkpoint: Checkpoint, shell: Shell) -> Sources:
@@ -125,7 +158,7 @@ def write_weights(
     sources: Sources,
     path: Path,
     progress: Callable[[str], None],
-) -> int:
+) -> Written:
     """Stream a checkpoint into an external data file and make the graph's initializers refer to it.
 
     Tensors come in the checkpoint's order, each once however many names it has, cast to the
@@ -139,9 +172,6 @@ def write_weights(
         path: the data file; must not exist, lies beside the graph's file.
         progress: is told each tensor's name before it is written.
 
-    Returns:
-        The number of tensors written.
-
     Raises:
         InputError: a value is beyond the range of the type it is exported as.
     """
@@ -150,23 +180,24 @@ def write_weights(
     for name, value in graph.initializers.items():
         if name in sources.keys:
             users.setdefault(sources.keys[name], []).append(value)
-    written = 0
+    places: dict[str, tuple[int, torch.dtype]] = {}
+    constants = 0
     with path.open("xb") as file:
         for key in (key for key in checkpoint if key in users):
             progress(key)
             offset = _align(file)
             dtype = state[str(users[key][0].name)].dtype
-            for piece in _pieces(checkpoint[key], dtype):
-                file.write(piece)
+            for piece in _checked_pieces(checkpoint[key], dtype):
+                file.write(tensor_bytes(piece))
             for value in users[key]:
                 _refer(value, path, offset, file.tell() - offset)
-            written += 1
+            places[key] = (offset, dtype)
         for name, value in graph.initializers.items():
             if name not in sources.keys and _write_constant(value, file, path):
-                written += 1
+                constants += 1
         file.flush()
         os.fsync(file.fileno())
-    return written
+    return Written(path, places, constants)
 
 
 def _align(file: IO[bytes]) -> int:
@@ -174,21 +205,23 @@ def _align(file: IO[bytes]) -> int:
     return file.tell()
 
 
-def _pieces(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a tensor cast to `dtype`, in pieces of bounded size."""
+def _cast_pieces(blocks: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A tensor's elements cast to `dtype`, in pieces of bounded size."""
+    for block in blocks:
+        for piece in torch.split(block.reshape(-1), _PIECE):
+            yield piece.to(dtype)
+
+
+def _checked_pieces(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     count = 0
-    for block in tensor.blocks():
-        flat = block.reshape(-1)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
-            cast = piece.to(dtype)
-            if dtype == torch.float16 and bool((cast.isinf() & ~piece.isinf()).any()):
-                raise InputError(
-                    f"{tensor.origin or 'checkpoint'}: {tensor.name} has values beyond the range "
-                    "of fp16; export as fp32"
-                )
-            count += piece.numel()
-            yield tensor_bytes(cast)
+    for piece in _cast_pieces(tensor.blocks(), dtype):
+        if dtype == torch.float16 and bool(piece.isinf().any()):
+            raise InputError(
+                f"{tensor.origin or 'checkpoint'}: {tensor.name} has values beyond the range "
+                "of fp16; export as fp32"
+            )
+        count += piece.numel()
+        yield piece
     if count != tensor.numel:
         raise AssertionError(f"{tensor.name}: {count} of {tensor.numel} elements came")
 

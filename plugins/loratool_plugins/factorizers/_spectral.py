@@ -26,6 +26,8 @@ _SHARE_RESOLUTION = 1e-6
 _SAFE_NORM = (2.0**-30, 2.0**30)
 # A row that projection shrinks below this share of its length was inside the subspace.
 _INSIDE = 1e-4
+# Inner products below this are as good as 0 for a basis that is only searched.
+_CLEAN = 1e-5
 # Eigenvalues of a Gram matrix of unit rows below this mean dependent rows.
 _DEPENDENT = 1e-8
 
@@ -60,21 +62,50 @@ class Target:
         return rows, columns
 
     def flipped(self) -> Target:
-        """The same target seen from its other side."""
-        rounded = None if self.rounded is None else self.rounded.t()
+        """The same target seen from its other side, without the rounded copy."""
         return replace(
-            self, matrix=self.matrix.t(), rounded=rounded, transposed=not self.transposed
+            self, matrix=self.matrix.t(), rounded=None, transposed=not self.transposed
         )
 
     def image(self, left: torch.Tensor) -> torch.Tensor:
         """`left` (k, rows) times U, in fp32: (k, columns)."""
         return (left @ self.matrix).mul_(self.gain)
 
-    def quick_image(self, left: torch.Tensor) -> torch.Tensor:
-        """The same through the bf16 copy where there is one: about three digits."""
-        if self.rounded is None:
-            return self.image(left)
-        return (left.to(self.rounded.dtype) @ self.rounded).float().mul_(self.gain)
+    def start(self, right: torch.Tensor) -> torch.Tensor:
+        """`right` (k, columns) times U^T: (k, rows), fp32; good to three digits if rounded."""
+        import torch
+
+        tiles = self._quick_tiles()
+        parts = right.to(tiles[0].dtype).split(tiles[0].shape[1], dim=1)
+        back = torch.zeros(len(right), self.shape[0])
+        for part, tile in zip(parts, tiles, strict=True):
+            back += part @ tile.t()
+        return back.mul_(self.gain)
+
+    def round_trip(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`left` (k, rows) times U, and that times U^T: (k, columns) and (k, rows), fp32.
+
+        Good to three digits if there is a rounded copy.
+        """
+        import torch
+
+        tiles = self._quick_tiles()
+        left = left.to(tiles[0].dtype)
+        back = torch.zeros(left.shape)
+        images = []
+        for tile in tiles:
+            image = left @ tile
+            images.append(image)
+            back += image @ tile.t()
+        return torch.cat(images, dim=1).float().mul_(self.gain), back.mul_(self.gain**2)
+
+    def _quick_tiles(self) -> tuple[torch.Tensor, ...]:
+        """The matrix to search with, in column tiles where these are contiguous in memory.
+
+        Such a tile is still in the cache for its second product.
+        """
+        matrix = self.matrix if self.rounded is None else self.rounded
+        return matrix.split(_TILE_COLUMNS, dim=1) if self.transposed else (matrix,)
 
     def tiles(self) -> Iterator[torch.Tensor]:
         """U in fp64, a few columns at a time: (rows, some)."""
@@ -84,6 +115,7 @@ class Target:
 
 
 _TILE_ELEMENTS = 2**20
+_TILE_COLUMNS = 1024
 
 
 def prepare(delta: torch.Tensor) -> Target:
@@ -181,9 +213,16 @@ def extension(
 
     rows, outside = whitened(_projected(block, basis).double())
     missing = len(block) - len(rows)
+    if missing == 0 and _overlap(rows.float(), basis) < _CLEAN:
+        return rows.float(), outside
     rows = torch.cat([rows.float(), random_rows(missing, block.shape[1], generator)])
     rows, _ = whitened(_projected(rows, basis).double())
     return rows.float(), outside
+
+
+def _overlap(rows: torch.Tensor, basis: torch.Tensor) -> float:
+    """Largest inner product of unit `rows` with vectors of `basis`."""
+    return float((rows @ basis.t()).abs().max()) if len(basis) else 0.0
 
 
 def _projected(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -239,7 +278,7 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     left = vectors[:, -rank:].t()
     right = torch.cat([left @ tile for tile in target.tiles()], dim=1)
     return composed(
-        target, left, right, policy, missed=_FP64_SLACK * target.total, method="gram", steps=steps
+        target, left, right, policy, missed=0.0, slack=_FP64_SLACK, method="gram", steps=steps
     )
 
 
@@ -253,6 +292,7 @@ def composed(
     policy: RankPolicy,
     *,
     missed: float,
+    slack: float,
     method: str,
     steps: int,
 ) -> Factorization:
@@ -265,6 +305,7 @@ def composed(
         policy: how many singular values to keep.
         missed: bound of the energy outside the subspace that was searched, for the certificate:
             ||D_r||^2 <= captured + ||D - Q Q^T D||^2 (Ky Fan), in units of target.total.
+        slack: by what share of the total rounding may have falsified these energies.
         method: numeric path.
         steps: block steps taken.
     """
@@ -279,6 +320,7 @@ def composed(
     rank = needed_rank(energies[:usable], limit, wanted) or usable
     energies, vectors = energies[:rank], vectors[:, :rank]
     captured = float(energies.sum())
+    bound = min(target.total, captured + missed) + slack * target.total
     root = energies.sqrt()
     sigma = root * 2.0**target.exponent
     left = (vectors.t() @ left) * sigma.sqrt()[:, None]
@@ -296,7 +338,7 @@ def composed(
             rank=rank,
             total=in_units_of_the_delta(target.total),
             captured=in_units_of_the_delta(captured),
-            optimum_bound=in_units_of_the_delta(min(target.total, captured + missed)),
+            optimum_bound=in_units_of_the_delta(bound),
             method=method,
             steps=steps,
         ),

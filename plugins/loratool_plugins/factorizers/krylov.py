@@ -31,6 +31,9 @@ _NEARLY_LOW_RANK = 1e-2
 # judgement is an eigenproblem of the size of the basis.
 _ALWAYS_JUDGED, _JUDGED_GROWTH = 8, 1.125
 
+# Range of the ratio of successive gains, for extrapolating them.
+_RATIOS = (0.25, 0.95)
+
 _scratch = Workspace()
 
 
@@ -150,7 +153,6 @@ class Subspace:
         self.size = 0
         self.steps = 0
         self._target = target
-        self._flipped = target.flipped()
         self._policy = policy
         self._tolerance = tolerance
         self._capacity = rows // 2
@@ -167,29 +169,29 @@ class Subspace:
             False if it still is not when the basis would pass half the shorter side.
         """
         start = spectral.random_rows(width, self._target.shape[1], generator)
-        block = self._flipped.quick_image(start)
+        block = self._target.start(start)
         while self.size + width <= self._capacity:
             rows, outside = spectral.extension(block, self._basis[: self.size], generator)
             if self.size and self.size == self._judged_size and self._has_converged(outside):
                 return True
-            self._append(rows)
+            block = self._append(rows)
             if self._is_due():
                 self._judge()
                 if self._holds_everything():
                     return True
-            block = self._flipped.quick_image(self._images[self.size - len(rows) : self.size])
         return False
 
-    def _append(self, rows: torch.Tensor) -> None:
-        """Take orthonormal `rows` (k, rows) into the basis, and their products with the target."""
+    def _append(self, rows: torch.Tensor) -> torch.Tensor:
+        """Take orthonormal `rows` (k, rows) into the basis; return `rows` U U^T."""
         old, new = self.size, self.size + len(rows)
         self._basis[old:new] = rows
-        self._images[old:new] = self._target.quick_image(rows)
+        self._images[old:new], block = self._target.round_trip(rows)
         products = self._images[old:new] @ self._images[:new].t()
         self._products[old:new, :new] = products
         self._products[:old, old:new] = products[:, :old].t()
         self.size = new
         self.steps += 1
+        return block
 
     def _is_due(self) -> bool:
         """Whether the subspace has grown enough to be judged again."""
@@ -255,14 +257,15 @@ class Subspace:
         target = self._target
         if fast and total - captured < _NEARLY_LOW_RANK * total:
             # Half a step of subspace iteration in fp32 takes the rounding out of the directions.
-            target, left = self._flipped, spectral.whitened(spectral.whitened(right)[0])[0]
+            target, left = target.flipped(), spectral.whitened(spectral.whitened(right)[0])[0]
             right = target.image(left.float()).double()
         return spectral.composed(
             target,
             left,
             right,
             self._policy,
-            missed=now.missed + (_BF16_SLACK if fast else _FP32_SLACK) * total,
+            missed=now.missed + (_BF16_SLACK * total if fast else 0.0),
+            slack=_FP32_SLACK,
             method="krylov-bf16" if fast else "krylov-fp32",
             steps=self.steps,
         )
@@ -276,13 +279,13 @@ def expected_gain(captured: list[float]) -> float:
             first of them 0: nothing captured before the first).
 
     Returns:
-        The sum of the geometric series of gains, its ratio held to [0.5, 0.95].
+        The sum of the geometric series of gains, its ratio held to [0.25, 0.95].
     """
     gains = [after - before for before, after in zip(captured, captured[1:], strict=False)]
     if len(gains) < 2:
         return captured[-1]
-    ratio = gains[1] / gains[0] if gains[0] > 0 else 0.5
-    ratio = min(max(ratio, 0.5), 0.95)
+    ratio = gains[1] / gains[0] if gains[0] > 0 else _RATIOS[0]
+    ratio = min(max(ratio, _RATIOS[0]), _RATIOS[1])
     return max(gains[1], 0.0) * ratio / (1 - ratio)
 
 

@@ -1,0 +1,95 @@
+"""What PEFT makes of an adapter directory, with everything that it would pass over an error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import save_and_load
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
+
+from tests.models import Pair, load
+
+PREFIX = "base_model.model."
+
+
+def on_base(pair: Pair, adapter: Path) -> PreTrainedModel:
+    """The fine-tune's class with the base's weights, as the model card says to load it."""
+    config = AutoConfig.from_pretrained(adapter / "model")
+    return load(pair.recipe.tuned, pair.base, config=config, ignore_mismatched_sizes=True)
+
+
+def load_strictly(model: PreTrainedModel, adapter: Path) -> Any:
+    """`PeftModel.from_pretrained`; a warning, a missing or an unexpected key is a failure."""
+    results = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = save_and_load.set_peft_model_state_dict(*args, **kwargs)
+        results.append(result)
+        return result
+
+    with warnings.catch_warnings(), mock.patch(
+        "peft.peft_model.set_peft_model_state_dict", recording
+    ):
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        loaded = PeftModel.from_pretrained(model, adapter)
+    (result,) = results
+    assert result.unexpected_keys == []
+    assert [k for k in result.missing_keys if ".lora_" in k or "modules_to_save" in k] == []
+    assert lora_modules(loaded) == factored_modules(adapter)
+    return loaded.eval()
+
+
+def lora_modules(model: Any) -> set[str]:
+    """The modules on which PEFT put factors."""
+    return {
+        name.removeprefix(PREFIX)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def factored_modules(adapter: Path) -> set[str]:
+    """The modules for which the file holds factors."""
+    keys = load_file(adapter / "adapter_model.safetensors")
+    return {
+        key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        for key in keys
+        if key.endswith(".lora_A.weight")
+    }
+
+
+def settings(adapter: Path) -> dict[str, Any]:
+    """adapter_config.json."""
+    found: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    return found
+
+
+def by_hand(pair: Pair, adapter: Path, base: PreTrainedModel) -> PreTrainedModel:
+    """The fine-tune with every factored weight replaced by base + B A.
+
+    `base` is the fine-tune's class with the base's weights.
+    """
+    model = pair.load_tuned()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    before = dict(base.named_parameters())
+    with torch.no_grad():
+        for module in factored_modules(adapter):
+            a = tensors[f"{PREFIX}{module}.lora_A.weight"].double()
+            b = tensors[f"{PREFIX}{module}.lora_B.weight"].double()
+            old = before[f"{module}.weight"].double()
+            delta = (b @ a).T if _is_conv1d(model, module) else b @ a
+            model.get_submodule(module).weight.copy_(old + delta)
+    return model
+
+
+def _is_conv1d(model: PreTrainedModel, module: str) -> bool:
+    return type(model.get_submodule(module)).__name__ == "Conv1D"
