@@ -23,79 +23,138 @@ class Family:
 
     Attributes:
         model_type: config.json's name for it.
-        signature: a pattern that one of its tensor names matches, and no other family's does.
-        heads: (pattern of a tensor name, class): the first that matches tells the class.
+        signature: a pattern that one of its tensor names matches, and none of a family further
+            down the table.
+        heads: (patterns of tensor names, class): the first whose patterns are all found tells the
+            class.
         conv1d: modules that store their weight as (in, out), as a pattern.
-        tied: the output head and the embedding that it shares a weight with.
+        tied: parameters of the output head and what they share their values with.
         ties_by_default: whether they are tied when the config does not say.
     """
 
     model_type: str
     signature: str
-    heads: tuple[tuple[str, str], ...]
+    heads: tuple[tuple[tuple[str, ...], str], ...]
     conv1d: str = ""
     tied: tuple[tuple[str, str], ...] = ()
     ties_by_default: bool = True
 
 
-def _encoder(model_type: str, prefix: str, signature: str, lm_head: str) -> Family:
-    """A BERT-like family; `lm_head` is the module of its masked-LM decoder."""
+_ANY = (".",)
+_NEVER = r"(?!)"  # for families that names alone do not tell from another
+
+
+def _bert(model_type: str, prefix: str, signature: str) -> Family:
+    """A family whose masked-LM head is `cls.predictions`."""
+    table = f"{model_type}.embeddings.word_embeddings.weight"
     return Family(
         model_type,
         signature,
         (
-            (r"qa_outputs\.", f"{prefix}ForQuestionAnswering"),
-            (r"(pre_)?classifier\.", f"{prefix}ForSequenceClassification"),
-            (r"cls\.seq_relationship\.", f"{prefix}ForPreTraining"),
-            (re.escape(lm_head.rpartition(".")[0] or lm_head), f"{prefix}ForMaskedLM"),
-            (r".", f"{prefix}Model"),
+            ((r"qa_outputs\.",), f"{prefix}ForQuestionAnswering"),
+            # Token classifiers have no pooler; multiple choice has the names of a classifier.
+            ((r"classifier\.", rf"{model_type}\.pooler\."), f"{prefix}ForSequenceClassification"),
+            ((r"classifier\.",), f"{prefix}ForTokenClassification"),
+            ((r"cls\.seq_relationship\.", r"cls\.predictions\."), f"{prefix}ForPreTraining"),
+            ((r"cls\.seq_relationship\.",), f"{prefix}ForNextSentencePrediction"),
+            ((r"cls\.predictions\.",), f"{prefix}ForMaskedLM"),
+            (_ANY, f"{prefix}Model"),
         ),
-        tied=((f"{lm_head}.weight", f"{model_type}.embeddings.word_embeddings.weight"),),
+        tied=(
+            ("cls.predictions.decoder.weight", table),
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ),
+    )
+
+
+def _roberta(model_type: str, prefix: str, signature: str) -> Family:
+    """A family whose modules lie in `roberta` and whose masked-LM head is `lm_head`."""
+    return Family(
+        model_type,
+        signature,
+        (
+            ((r"qa_outputs\.",), f"{prefix}ForQuestionAnswering"),
+            ((r"classifier\.out_proj\.",), f"{prefix}ForSequenceClassification"),
+            ((r"classifier\.", r"roberta\.pooler\."), f"{prefix}ForMultipleChoice"),
+            ((r"classifier\.",), f"{prefix}ForTokenClassification"),
+            ((r"lm_head\.",), f"{prefix}ForMaskedLM"),
+            (_ANY, f"{prefix}Model"),
+        ),
+        tied=(
+            ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+            ("lm_head.decoder.bias", "lm_head.bias"),
+        ),
     )
 
 
 def _decoder(model_type: str, prefix: str, signature: str, ties: bool = False) -> Family:
-    """A Llama-like family."""
+    """A Llama-like family; some question answering classes call their model `transformer`."""
     return Family(
         model_type,
-        signature,
+        signature.replace("LAYER", r"((model|transformer)\.)?layers\.0"),
         (
-            (r"score\.", f"{prefix}ForSequenceClassification"),
-            (r"(lm_head|model)\.", f"{prefix}ForCausalLM"),
-            (r".", f"{prefix}Model"),
+            ((r"qa_outputs\.",), f"{prefix}ForQuestionAnswering"),
+            ((r"score\.bias",), f"{prefix}ForTokenClassification"),
+            ((r"score\.",), f"{prefix}ForSequenceClassification"),
+            ((r"(lm_head|model)\.",), f"{prefix}ForCausalLM"),
+            (_ANY, f"{prefix}Model"),
         ),
         tied=(("lm_head.weight", "model.embed_tokens.weight"),),
         ties_by_default=ties,
     )
 
 
-_NEVER = r"(?!)"  # for families that names alone do not tell from another
-
+# Families with more tensors than another come before it: Qwen has all that Llama has.
 FAMILIES = {
     family.model_type: family
     for family in (
-        _encoder("bert", "Bert", r"(bert\.)?encoder\.layer\.0\.", "cls.predictions.decoder"),
-        _encoder("roberta", "Roberta", r"roberta\.encoder\.layer\.0\.", "lm_head.decoder"),
-        _encoder(
-            "distilbert", "DistilBert", r"(distilbert\.)?transformer\.layer\.0\.", "vocab_projector"
+        _roberta("roberta", "Roberta", r"roberta\.encoder\.layer\.0\."),
+        _roberta("xlm-roberta", "XLMRoberta", _NEVER),
+        _bert("bert", "Bert", r"(bert\.)?encoder\.layer\.0\."),
+        Family(
+            "distilbert",
+            r"(distilbert\.)?transformer\.layer\.0\.",
+            (
+                ((r"qa_outputs\.",), "DistilBertForQuestionAnswering"),
+                ((r"pre_classifier\.",), "DistilBertForSequenceClassification"),
+                ((r"classifier\.",), "DistilBertForTokenClassification"),
+                ((r"vocab_projector\.",), "DistilBertForMaskedLM"),
+                (_ANY, "DistilBertModel"),
+            ),
+            tied=(("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),),
         ),
         Family(
             "gpt2",
             r"(transformer\.)?h\.0\.attn\.c_attn\.",
             (
-                (r"score\.", "GPT2ForSequenceClassification"),
-                (r"(lm_head|transformer)\.", "GPT2LMHeadModel"),
-                (r".", "GPT2Model"),
+                ((r"qa_outputs\.",), "GPT2ForQuestionAnswering"),
+                ((r"classifier\.",), "GPT2ForTokenClassification"),
+                ((r"score\.",), "GPT2ForSequenceClassification"),
+                ((r"multiple_choice_head\.",), "GPT2DoubleHeadsModel"),
+                ((r"(lm_head|transformer)\.",), "GPT2LMHeadModel"),
+                (_ANY, "GPT2Model"),
             ),
             conv1d=r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)",
             tied=(("lm_head.weight", "transformer.wte.weight"),),
         ),
-        _decoder("llama", "Llama", r"(model\.)?layers\.0\.self_attn\.q_proj\.weight"),
+        Family(
+            "opt",
+            r"((model\.)?decoder\.)layers\.0\.self_attn\.q_proj\.",
+            (
+                ((r"qa_outputs\.",), "OPTForQuestionAnswering"),
+                ((r"score\.",), "OPTForSequenceClassification"),
+                ((r"(lm_head|model)\.",), "OPTForCausalLM"),
+                (_ANY, "OPTModel"),
+            ),
+            tied=(("lm_head.weight", "model.decoder.embed_tokens.weight"),),
+        ),
+        _decoder("phi3", "Phi3", r"LAYER\.self_attn\.qkv_proj\."),
+        _decoder("qwen3", "Qwen3", r"LAYER\.self_attn\.q_norm\."),
+        _decoder("qwen2", "Qwen2", r"LAYER\.self_attn\.q_proj\.bias"),
+        _decoder("llama", "Llama", r"LAYER\.self_attn\.q_proj\.weight"),
         _decoder("mistral", "Mistral", _NEVER),
-        _decoder("qwen2", "Qwen2", r"(model\.)?layers\.0\.self_attn\.q_proj\.bias"),
-        _decoder("qwen3", "Qwen3", r"(model\.)?layers\.0\.self_attn\.q_norm\."),
         _decoder("gemma", "Gemma", _NEVER, ties=True),
-        _decoder("phi3", "Phi3", r"(model\.)?layers\.0\.self_attn\.qkv_proj\."),
+        _decoder("gemma2", "Gemma2", _NEVER, ties=True),
     )
 }
 
@@ -106,23 +165,19 @@ def is_embedding(module: str) -> bool:
 
 
 def family_of_names(names: Iterable[str]) -> Family | None:
-    """The family that a checkpoint's tensor names belong to, if they tell.
-
-    Where several match, the one with the longest match: Qwen has all that Llama has and more.
-    """
-    best: tuple[int, str] = (0, "")
-    for name in names:
-        for family in FAMILIES.values():
-            if match := re.match(family.signature, name):
-                best = max(best, (len(match[0]), family.model_type))
-    return FAMILIES.get(best[1])
+    """The first family of the table that a checkpoint's tensor names can belong to, if any."""
+    names = tuple(names)
+    for family in FAMILIES.values():
+        if any(re.match(family.signature, name) for name in names):
+            return family
+    return None
 
 
 def class_of_names(family: Family, names: Iterable[str]) -> str:
     """The model class whose head a checkpoint of this family holds."""
     names = tuple(names)
-    for pattern, name in family.heads:
-        if any(re.match(pattern, tensor) for tensor in names):
+    for patterns, name in family.heads:
+        if all(any(re.match(pattern, tensor) for tensor in names) for pattern in patterns):
             return name
     return ""
 
@@ -133,6 +188,6 @@ def family_of_class(architecture: str) -> Family | None:
         return FAMILIES[architecture]
     for family in FAMILIES.values():
         stem = family.heads[-1][1].removesuffix("Model")
-        if re.fullmatch(rf"{stem}(For[A-Z]\w*|Model|LMHeadModel)", architecture):
+        if re.fullmatch(rf"{stem}(For[A-Z]\w*|Model|LMHeadModel|DoubleHeadsModel)", architecture):
             return family
     return None

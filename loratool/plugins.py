@@ -8,11 +8,22 @@ anybody else's. Listing names imports nothing.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from loratool.adapter import Adapter, LazyUpdate, Update
 from loratool.checkpoint import Checkpoint
@@ -183,7 +194,8 @@ def load(kind: str, name: str) -> type[Any]:
     """Import a plugin's class.
 
     Raises:
-        PluginError: no such name, a name declared by two distributions, or a failing import.
+        PluginError: no such name, a name declared by two distributions, a failing import, or
+            something that is no dataclass.
     """
     entries = _entries(kind).get(name, ())
     if not entries:
@@ -198,8 +210,12 @@ def load(kind: str, name: str) -> type[Any]:
     except Exception as error:
         raise PluginError(
             f"the {_singular(kind)} {name!r} of {distribution(kind, name)} "
-            f"cannot be imported: {error}"
+            f"cannot be imported: {type(error).__name__}: {error}"
         ) from error
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise PluginError(
+            f"the {_singular(kind)} {name!r} of {distribution(kind, name)} is not a dataclass"
+        )
     return found
 
 
@@ -208,7 +224,7 @@ def create(kind: str, spec: str) -> Any:
 
     Raises:
         PluginError: the plugin cannot be had.
-        UsageError: it has no such option, or the value is of the wrong type.
+        UsageError: it has no such option, lacks one, or the value is of the wrong type.
     """
     name, _, rest = spec.partition(":")
     cls = load(kind, name)
@@ -221,10 +237,21 @@ def create(kind: str, spec: str) -> Any:
             known = ", ".join(sorted(fields)) or "none"
             raise UsageError(f"{spec}: no option {key!r}; options of {name} are: {known}")
         values[key] = _convert(spec, key, text, hints[key])
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UsageError(f"{spec}: {name} needs {missing[0]}: write {name}:{missing[0]}=...")
     return cls(**values)
 
 
 def _convert(spec: str, key: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):  # int | None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if hint is bool:
         if text not in ("true", "false"):
             raise UsageError(f"{spec}: {key} is true or false, not {text!r}")

@@ -25,6 +25,9 @@ from loratool.families import (
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Ends of the names of classes with a language modelling head.
+_WITH_LM_HEAD = ("CausalLM", "LMHeadModel", "MaskedLM", "PreTraining", "DoubleHeadsModel")
+
 # PEFT's task types by the end of the class name.
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -100,8 +103,8 @@ def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> d
     if not (config or {}).get("tie_word_embeddings", family.ties_by_default):
         return {}
     architecture = architecture_of(config) or class_of_names(family, shapes)
-    has_head = architecture.endswith(("CausalLM", "LMHeadModel", "MaskedLM", "PreTraining"))
-    return {head: table for head, table in family.tied if has_head and table in shapes}
+    has_head = architecture.endswith(_WITH_LM_HEAD)
+    return {head: source for head, source in family.tied if has_head and source in shapes}
 
 
 def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:

@@ -15,14 +15,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint import Checkpoint, Extent, LazyTensor
-from loratool.errors import InputError, OutputError
+from loratool.errors import InputError, LoratoolError, OutputError
 from loratool.reports import format_bytes
-from loratool.safetensors_file import build_header
+from loratool.safetensors_file import build_header, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 _COPY_CHUNK = 8 << 20
 _SPARE_BYTES = 1 << 20  # headers, configs and directory entries
+# What the place of the output can cause.
+_PLACE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO,
+    errno.ENAMETOOLONG, errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT,
+}  # fmt: skip
 
 
 @contextmanager
@@ -38,45 +43,139 @@ def atomic_directory(target: Path, overwrite: bool, needed: int = 0) -> Iterator
     """Yield an empty directory that becomes `target` when the block ends without an exception.
 
     Args:
-        target: the directory to make; its parent is created if need be.
+        target: the directory to make; its parents are created if need be, and removed again if
+            nothing comes of it.
         overwrite: whether a non-empty `target` may be replaced.
         needed: bytes that will be written, checked against the free space first.
 
     Raises:
         OutputError: `target` is taken, the disk is too small, or the place is not writable.
+        InputError: a file that the block reads has gone or cannot be read.
     """
-    target = target.absolute()
     check_target(target, overwrite)
+    target = target.resolve()  # through links and `..`: what is replaced is a directory
+    created: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(_existing(target.parent), needed)
+        created = _make_parents(target.parent)
         _remove_leftovers(target)
-        _check_space(target.parent, needed)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        temporary, lock = _claim(target)
     except OSError as error:
+        _remove_empty(created)
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    lock = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         _sync_tree(temporary)
         _rename_into_place(temporary, target, overwrite)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-        raise
+        explained = _explained(error, target, temporary)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():
+            _remove_empty(created)
+
+
+def _explained(error: OSError, target: Path, temporary: Path) -> LoratoolError | None:
+    """What an error of the operating system means for the user; None if it is a bug of ours."""
+    if isinstance(error.filename, str | bytes):
+        file = Path(os.fsdecode(error.filename))
+        ours = {target, target.parent, temporary}
+        if file not in ours and temporary not in file.parents:
+            return InputError(f"{file}: cannot be read: {error.strerror}")
+    if error.errno in _PLACE_ERRORS:
+        return OutputError(f"{target}: cannot be written: {error.strerror}")
+    return None
 
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise OutputError unless `target` is free, empty, or may be overwritten."""
-    if target.is_dir():
-        if not overwrite and any(target.iterdir()):
-            raise OutputError(f"{target}: exists and is not empty; --overwrite replaces it")
-    elif target.exists() or target.is_symlink():
-        raise OutputError(f"{target}: exists and is not a directory; choose another -o")
+    try:
+        if target.is_dir():
+            if target.is_mount():
+                raise OutputError(f"{target}: is a mount point; choose a directory below it")
+            if not any(target.iterdir()):
+                return
+            if not overwrite:
+                raise OutputError(
+                    f"{target}: exists and is not empty; choose another -o, or replace it with "
+                    "--overwrite"
+                )
+            _check_replaceable(target)
+        elif target.exists() or target.is_symlink():
+            raise OutputError(f"{target}: exists and is not a directory; choose another -o")
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise OutputError for what nobody means to lose: where one works, and one's home."""
+    places = [Path.cwd()]
+    with suppress(RuntimeError):  # nobody's home
+        places.append(Path.home())
+    for place in places:
+        here = place.resolve()
+        if target.resolve() in (here, *here.parents):
+            raise OutputError(
+                f"{target}: --overwrite would remove {place} with everything in it; choose "
+                "another -o"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The innermost directory that is already there."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: is not a directory; choose another -o")
+    return folder
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create `folder`; the directories that did not exist before, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        _remove_empty(missing)
+        raise
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _claim(target: Path) -> tuple[Path, int]:
+    """Make the hidden sibling, and open and lock it."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        with suppress(FileNotFoundError):
+            handle = os.open(temporary, os.O_RDONLY)
+            _lock(handle, wait=True)
+            if temporary.exists():
+                return temporary, handle
+            os.close(handle)
+        # Another run took it for a leftover before it was locked: once more.
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock a directory until it is closed; False where it is taken or cannot be locked (NFS)."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:
@@ -86,16 +185,16 @@ def _umask() -> int:
 
 
 def _remove_leftovers(target: Path) -> None:
-    for entry in target.parent.glob(f".{target.name}.partial-*"):
+    for entry in target.parent.iterdir():
+        if not entry.name.startswith(_prefix(target)):
+            continue
         try:
-            handle = os.open(entry, os.O_RDONLY)
+            handle = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its process is alive
+            if _lock(handle, wait=False):  # else its process is alive
+                shutil.rmtree(entry, ignore_errors=True)
         finally:
             os.close(handle)
 
@@ -105,7 +204,7 @@ def _check_space(folder: Path, needed: int) -> None:
     if needed and needed + _SPARE_BYTES > free:
         raise OutputError(
             f"{folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free; "
-            "nothing was written"
+            "nothing was written; make room, or choose another -o"
         )
 
 
@@ -120,14 +219,17 @@ def _sync_tree(folder: Path) -> None:
 
 def _rename_into_place(temporary: Path, target: Path, overwrite: bool) -> None:
     check_target(target, overwrite)  # it may have appeared meanwhile
-    if target.is_dir() and any(target.iterdir()):
-        if not _exchange(temporary, target):
-            aside = temporary.with_name(f"{temporary.name}.old")
-            target.rename(aside)
-            temporary.rename(target)
-            shutil.rmtree(aside)
-    else:
+    if not target.is_dir() or not any(target.iterdir()):
         temporary.rename(target)
+    elif not _exchange(temporary, target):
+        aside = temporary.with_name(f"{temporary.name}.old")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside)
     handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -144,7 +246,7 @@ def _exchange(one: Path, other: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    return renameat2(at_cwd, bytes(one), at_cwd, bytes(other), exchange) == 0
+    return bool(renameat2(at_cwd, bytes(one), at_cwd, bytes(other), exchange) == 0)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -153,21 +255,35 @@ def write_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """Where a file called `name` goes; InputError if that is not below `folder`."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise InputError(f"{name!r}: a model's file must lie inside its directory")
+    return folder / path
+
+
 def write_side_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
     """Write or copy a model's side files.
 
     Raises:
-        InputError: a name would leave the folder, or a file cannot be read.
+        InputError: a name would leave the folder, is taken by a weight file, or the file cannot
+            be read.
     """
     for name, content in files.items():
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-            raise InputError(f"{name!r}: a side file must lie inside the model's directory")
+        target = _inside(folder, name)
+        if target.exists():
+            raise InputError(f"{name}: is the name of a side file and of a weight file; rename it")
+        if isinstance(content, bytes):
+            write_file(target, content)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            data = content if isinstance(content, bytes) else content.read_bytes()
+            source = content.open("rb")
         except OSError as error:
-            raise InputError(f"{content!r}: cannot be read: {error.strerror}") from error
-        write_file(folder / name, data)
+            raise InputError(f"{content}: cannot be read: {error.strerror}") from error
+        with source, target.open("xb") as written:
+            shutil.copyfileobj(source, written)
 
 
 def write_checkpoint(
@@ -185,11 +301,46 @@ def write_checkpoint(
     for name, tensor in checkpoint.items():
         files.setdefault(checkpoint.shards[name], {})[name] = tensor
     for file, tensors in files.items():
+        path = _inside(folder, file)
         metadata = checkpoint.metadata.get(file, {"format": "pt"})
-        write_safetensors(folder / file, tensors, metadata, executor, progress)
+        source = _unchanged_file(tensors, metadata)
+        if source is None:
+            write_safetensors(path, tensors, metadata, executor, progress)
+        else:
+            _copy_file(source, path)
+            progress(file, sum(tensor.nbytes for tensor in tensors.values()))
     if len(files) > 1:
         write_file(folder / "model.safetensors.index.json", _index(checkpoint))
     write_side_files(checkpoint.side_files, folder)
+
+
+def _unchanged_file(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Path | None:
+    """The file that holds exactly these tensors, in this order, under this metadata, if any."""
+    extents = [tensor.extent for tensor in tensors.values()]
+    sources = {extent.path if extent is not None else None for extent in extents}
+    if len(sources) != 1 or (source := sources.pop()) is None or source.suffix != ".safetensors":
+        return None
+    header = read_header(source)
+    stored = [
+        (e.name, e.dtype, e.shape, header.data_start + e.begin, e.end - e.begin)
+        for e in header.entries
+    ]
+    wanted = [
+        (name, tensor.dtype, tensor.shape, extent.offset, extent.length)
+        for (name, tensor), extent in zip(tensors.items(), extents, strict=True)
+        if extent is not None
+    ]
+    # A merge adds the format that transformers asks for; for that alone no header is rewritten.
+    same = stored == wanted and {"format": "pt", **header.metadata} == {"format": "pt", **metadata}
+    return source if same else None
+
+
+def _copy_file(source: Path, path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        copy_extent(Extent(source, 0, source.stat().st_size), handle, 0)
+    finally:
+        os.close(handle)
 
 
 def _index(checkpoint: Checkpoint) -> bytes:
@@ -249,7 +400,7 @@ def tensor_bytes(block: torch.Tensor) -> memoryview:
 
     if not block.numel():
         return memoryview(b"")
-    return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_all(handle: int, data: bytes | memoryview, offset: int) -> int:

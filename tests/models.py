@@ -46,7 +46,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": _SMALL_LLAMA,
     "qwen3": {**_SMALL_LLAMA, "head_dim": 8},
     "gemma": {**_SMALL_LLAMA, "head_dim": 8},
+    "gemma2": {**_SMALL_LLAMA, "head_dim": 8},
     "phi3": _SMALL_LLAMA,
+    "xlm-roberta": {**_SMALL_BERT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "electra": {**_SMALL_BERT, "embedding_size": 16},
+    "t5": {
+        "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
     "opt": {
         "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "ffn_dim": 48, "max_position_embeddings": 24, "word_embed_proj_dim": 32, "init_std": 0.2,
@@ -166,7 +173,10 @@ def outputs(model: Any, vocabulary: int = 60) -> torch.Tensor:
     ids = ids * mask
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = model(input_ids=ids, attention_mask=mask)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if getattr(model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        found = model(**inputs)
     tensors = [value for value in found.to_tuple() if isinstance(value, torch.Tensor)]
     assert tensors
     return torch.cat([value.flatten() for value in tensors])
@@ -220,4 +230,8 @@ RECIPES: Mapping[str, Recipe] = {
     "gpt2-classifier": Recipe("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "gpt2-bare": Recipe("gpt2", "GPT2Model", "GPT2Model"),
     "opt": Recipe("opt", "OPTForCausalLM", "OPTForCausalLM"),
+    "electra-classifier": Recipe(
+        "electra", "ElectraForMaskedLM", "ElectraForSequenceClassification"
+    ),
+    "t5": Recipe("t5", "T5ForConditionalGeneration", "T5ForConditionalGeneration"),
 }  # fmt: skip

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,24 +17,50 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.cli.output import ProgressBar, print_error, print_report
+from loratool.errors import OutputError, PluginError
 from loratool.plugins import Operand, Step
-from loratool.refs import parse_weighted
+from loratool.refs import parse_ref, parse_weighted
 from loratool.reports import Report
 
 
 def step_command(name: str) -> click.Command:
-    """The command of a registered step."""
+    """The command of a registered step.
+
+    Raises:
+        PluginError: the step cannot be had, or does not say what a command needs to know.
+    """
     cls = plugins.load("steps", name)
-    parameters: list[click.Parameter] = [_operand(operand) for operand in cls.operands]
-    hints = get_type_hints(cls)
-    parameters += [_option(field, hints[field.name]) for field in dataclasses.fields(cls)]
-    parameters += _common_options(cls)
+    try:
+        parameters: list[click.Parameter] = [_operand(operand) for operand in cls.operands]
+        hints = get_type_hints(cls)
+        parameters += [_option(field, hints[field.name]) for field in dataclasses.fields(cls)]
+        parameters += _common_options(cls)
+    except Exception as error:  # a stranger's class: it must not break the other verbs
+        source = plugins.distribution("steps", name)
+        raise PluginError(f"the step {name!r} of {source} is no command: {error!r}") from error
 
     def run(**values: Any) -> None:
         _run(cls, values)
 
-    help_text = (cls.__doc__ or "").strip()
-    return click.Command(name, params=parameters, callback=run, help=help_text)
+    help_text = inspect.cleandoc(cls.__doc__ or "")
+    short = " ".join(help_text.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+    return click.Command(name, params=parameters, callback=run, help=help_text, short_help=short)
+
+
+def broken_command(name: str, error: PluginError) -> click.Command:
+    """Stands for a step that cannot be had: says why, whatever it is called with."""
+
+    def run(**_: Any) -> None:
+        raise error
+
+    return click.Command(
+        name,
+        params=[click.Argument(["ignored"], nargs=-1, metavar="")],
+        callback=run,
+        help=str(error),
+        short_help="(broken: `loratool plugins` says why)",
+        context_settings={"ignore_unknown_options": True},
+    )
 
 
 def _operand(operand: Operand) -> click.Parameter:
@@ -52,16 +81,23 @@ def _operand(operand: Operand) -> click.Parameter:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + field.metadata.get("flag", field.name.replace("_", "-"))
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
     settings: dict[str, Any] = {
-        "help": _sentence(field.metadata["help"]),
-        "default": field.default,
-        "show_default": field.default not in (None, "", (), False),
+        "help": _sentence(field.metadata.get("help", "")),
         "metavar": field.metadata.get("metavar"),
     }
+    if default is dataclasses.MISSING:
+        settings["required"] = True
+    else:
+        settings["default"] = default
+        settings["show_default"] = default not in (None, "", (), False)
     inner, many = _value_type(hint)
     if inner is bool:
-        return click.Option([flag, field.name], is_flag=True, **settings)
+        names = f"{flag}/--no-{flag.removeprefix('--')}" if default is True else flag
+        return click.Option([names, field.name], is_flag=True, **settings)
     choices = field.metadata.get("choices")
     settings["type"] = click.Choice(choices) if choices else inner
     if kind := field.metadata.get("kind"):
@@ -79,7 +115,12 @@ def _value_type(hint: Any) -> tuple[type, bool]:
 
 
 def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _output_label(output: str) -> str:
+    """For people: "{base}-merged" is BASE-merged."""
+    return re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), output)
 
 
 def _common_options(cls: type[Step]) -> list[click.Parameter]:
@@ -89,7 +130,7 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
             click.Option(
                 ["-o", "--output"],
                 metavar="DIR",
-                help=f"Where to write (default: {cls.output.upper()}).",
+                help=f"Where to write (default: {_output_label(cls.output)}).",
             ),
             click.Option(
                 ["--overwrite"], is_flag=True, help="Replace a directory that is not empty."
@@ -99,7 +140,7 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
                 default="threads",
                 show_default=True,
                 metavar="|".join(plugins.names("executors")),
-                help="How tasks are run.",
+                help="How tasks are run, with options: threads:workers=4.",
             ),
         ]
     options += [
@@ -111,18 +152,17 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
 
 def _run(cls: type[Any], values: dict[str, Any]) -> None:
     step = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    refs = {operand.name: _refs(operand, values[operand.name]) for operand in cls.operands}
     target = _target(cls, values)
-    overwrite = bool(values.get("overwrite"))
-    if target is not None:
-        from loratool.writer import check_target
-
-        check_target(target, overwrite)  # before any long work
-    inputs = [_open(operand, values[operand.name]) for operand in cls.operands]
+    if target is not None:  # before any long work
+        _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
+        plugins.create("executors", values["executor"])
+    inputs = [_open(operand, refs[operand.name]) for operand in cls.operands]
     result = step.run(*inputs)
     if isinstance(result, Report):
         report = result
     elif target is not None:
-        report = _save(result, target, overwrite, values)
+        report = _save(result, target, values)
     else:
         raise AssertionError(f"{cls.__name__} has no place for its result")
     print_report(report, bool(values["as_json"]), bool(values["quiet"]))
@@ -130,13 +170,32 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _open(operand: Operand, value: Any) -> Any:
+def _refs(operand: Operand, value: Any) -> list[tuple[str, float]]:
+    """What was given for an operand: references with weights."""
+    if operand.many:
+        return [parse_weighted(text) for text in value]
+    return [] if value is None else [(value, 1.0)]
+
+
+def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -> None:
+    """Raise OutputError if `target` is taken, or if replacing it would remove an input."""
+    from loratool.writer import check_target
+
+    check_target(target, overwrite)
+    place = target.resolve()
+    for ref, _ in refs:
+        path = parse_ref(ref).path
+        if path is not None and place in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{target}: is or holds the input {ref}; choose another -o")
+
+
+def _open(operand: Operand, refs: list[tuple[str, float]]) -> Any:
     from loratool.opening import open_adapter, open_checkpoint
 
-    if not operand.many:
-        return open_checkpoint(value) if operand.kind == "checkpoint" else open_adapter(value)
-    weighted = [parse_weighted(text) for text in value]
-    return [(open_adapter(ref), weight) for ref, weight in weighted]
+    opener = open_checkpoint if operand.kind == "checkpoint" else open_adapter
+    if operand.many:
+        return [(opener(ref), weight) for ref, weight in refs]
+    return opener(refs[0][0]) if refs else None
 
 
 def _target(cls: type[Step], values: Mapping[str, Any]) -> Path | None:
@@ -145,21 +204,28 @@ def _target(cls: type[Step], values: Mapping[str, Any]) -> Path | None:
     if values["output"]:
         return Path(values["output"])
     names = {
-        operand.name: Path(values[operand.name]).absolute().name
+        operand.name: _short_name(values[operand.name])
         for operand in cls.operands
-        if not operand.many
+        if not operand.many and values[operand.name] is not None
     }
     return Path(cls.output.format(**names))
 
 
-def _save(result: Any, target: Path, overwrite: bool, values: Mapping[str, Any]) -> Report:
+def _short_name(ref: str) -> str:
+    """What an output is named after: the last part of a path or of a Hub name."""
+    parsed = parse_ref(ref)
+    path = Path(os.path.normpath(Path(parsed.path or parsed.repo or ref).absolute()))
+    return (path.stem if path.is_file() else path.name) or "model"
+
+
+def _save(result: Any, target: Path, values: Mapping[str, Any]) -> Report:
     from loratool.engine import Drain, save_adapter, save_checkpoint
 
     quiet = bool(values["quiet"] or values["as_json"])
     for note in getattr(result, "notes", ()):
         print_error(note, "Note")
     with ProgressBar(quiet) as bar:
-        drain = Drain(values["executor"], overwrite, bar.start, bar.advance)
+        drain = Drain(values["executor"], bool(values["overwrite"]), bar.start, bar.advance)
         if isinstance(result, Adapter):
             return _told(save_adapter(result, target, drain))
         if isinstance(result, Checkpoint):

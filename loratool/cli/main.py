@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
 from loratool import plugins
-from loratool.cli.commands import step_command
+from loratool.cli.commands import broken_command, step_command
 from loratool.cli.output import print_error, print_plugins
-from loratool.errors import LoratoolError, UsageError
+from loratool.errors import LoratoolError, PluginError, UsageError
 
 
 class Verbs(click.Group):
@@ -17,13 +18,17 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all steps, and `plugins`."""
-        return sorted([*plugins.names("steps"), *super().list_commands(ctx)])
+        return sorted({*plugins.names("steps"), *super().list_commands(ctx)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a step."""
-        if cmd_name in plugins.names("steps"):
+        """The command of a step; for a step that cannot be had, one that says so."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in plugins.names("steps"):
+            return own
+        try:
             return step_command(cmd_name)
-        return super().get_command(ctx, cmd_name)
+        except PluginError as error:
+            return broken_command(cmd_name, error)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +57,11 @@ def main() -> None:
         sys.exit(2)
     except LoratoolError as error:
         print_error(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted; nothing was written")

@@ -132,8 +132,6 @@ class Merge:
                         "adapter's: the last one is used"
                     )
                 original = part.adapter.model_config
-        if not parts and dtype is None and not self.architecture:
-            return base.config, side_files, ()
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         config, completed = complete_config(original, shapes, base.config, self.architecture)
         if config is not None and dtype in _CONFIG_DTYPES:

@@ -38,7 +38,7 @@ class Layout:
         whole: key in the file -> the parameter whose tensor it holds.
         modules_to_save: modules that are kept whole.
         biases: whether biases outside those modules are replaced.
-        tied: whether an embedding that is kept whole is tied to a head.
+        tied: whether PEFT must tie a head to an embedding that is kept whole.
         placeholder: a weight to put a zero update on, if there is no other target.
     """
 
@@ -98,40 +98,77 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
         ranks: parameter -> rank of its factors.
         replaced: parameters that are kept whole.
     """
-    replaced = set(replaced)
-    names = tuple(adapter.context)
-    saved = {n.rpartition(".")[0] for n in replaced if not _is_plain_bias(n, adapter, replaced)}
+    sources = _in_memory(adapter)
+    changed = set(replaced)
+    replaced = {name for name, source in sources.items() if source in changed}
+    in_place = {name for name in changed if _is_loaded_in_place(name, adapter, replaced)}
+    saved = {n.rpartition(".")[0] for n in replaced if not in_place.intersection((n, sources[n]))}
     if "" in saved:
-        bare = next(name for name in sorted(replaced) if "." not in name)
+        bare = next(name for name in sorted(replaced - in_place) if "." not in name)
         raise InputError(f"{bare}: PEFT cannot keep a parameter of the model itself; --exclude it")
-    heads = _HEADS.get(adapter.task_type or "", ())
-    modules = {p for name in names for p in _with_parents(name.rpartition(".")[0])}
+    saved = _as_peft_matches(saved, sources, _HEADS.get(adapter.task_type or "", ()))
+    inside = [name for name in sources if _is_inside(name.rpartition(".")[0], saved)]
+    low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
+    whole = {PREFIX + name: sources[name] for name in inside}
+    in_place.difference_update(inside)
+    for name in sorted(in_place):
+        module, _, leaf = name.rpartition(".")
+        is_target = f"{module}.weight" in low_rank
+        whole[f"{PREFIX}{module}.base_layer.{leaf}" if is_target else PREFIX + name] = name
+    return Layout(
+        low_rank,
+        whole,
+        modules_to_save=tuple(sorted(saved)),
+        biases=any(name.endswith("bias") for name in in_place),
+        tied=_must_tie(adapter, saved, inside),
+        placeholder=None if low_rank else _any_linear(adapter, inside),
+    )
+
+
+def _in_memory(adapter: Adapter) -> dict[str, str]:
+    """Every parameter of the fine-tuned model in memory -> the tensor that holds its values."""
+    tied = {name: source for name, source in adapter.tied.items() if source in adapter.context}
+    return {name: name for name in adapter.context} | tied
+
+
+def _is_loaded_in_place(name: str, adapter: Adapter, replaced: set[str]) -> bool:
+    """Whether PEFT should load a tensor into the base model itself.
+
+    So it does with biases: of linear modules whose weight stays, and bare ones. A table that is
+    tied to other tables (T5) has no other way: PEFT makes linear modules of them.
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf != "bias":
+        twins = [twin for twin, source in adapter.tied.items() if source == name]
+        return any(adapter.kinds.get(twin) == "embedding" for twin in twins)
+    weight = f"{module}.weight"
+    linear = adapter.kinds.get(weight) in ("linear", "conv1d")
+    bare = weight not in adapter.context and weight not in adapter.tied
+    return bare or (linear and weight not in replaced)
+
+
+def _as_peft_matches(
+    saved: Iterable[str], names: Iterable[str], heads: tuple[str, ...]
+) -> set[str]:
+    """The modules that PEFT keeps whole if told to keep `saved`."""
+    found = set(saved)
+    modules = {parent for name in names for parent in _with_parents(name.rpartition(".")[0])}
     while extra := {
         module
         for module in modules
-        if module.endswith((*saved, *heads)) and not _is_inside(module, saved)
+        if module.endswith((*found, *heads)) and not _is_inside(module, found)
     }:
-        saved |= extra
-    saved = {m for m in saved if not any(m.startswith(f"{other}.") for other in saved)}
-    inside = [name for name in names if _is_inside(name.rpartition(".")[0], saved)]
-    low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
-    whole = {PREFIX + name: name for name in inside}
-    biases = sorted(n for n in replaced if n not in inside)
-    for name in biases:
-        module = name.removesuffix(".bias")
-        is_target = f"{module}.weight" in low_rank
-        whole[f"{PREFIX}{module}.base_layer.bias" if is_target else PREFIX + name] = name
-    twins = {head: table for head, table in adapter.tied.items() if table in inside}
-    whole |= {PREFIX + head: table for head, table in twins.items()}
-    placeholder = None if low_rank else _any_linear(adapter, inside)
-    return Layout(low_rank, whole, tuple(sorted(saved)), bool(biases), bool(twins), placeholder)
+        found |= extra
+    return {m for m in found if not any(m.startswith(f"{other}.") for other in found)}
 
 
-def _is_plain_bias(name: str, adapter: Adapter, replaced: set[str]) -> bool:
-    """The bias of a linear module whose weight is not replaced itself."""
-    weight = f"{name.removesuffix('bias')}weight"
-    linear = adapter.kinds.get(weight) in ("linear", "conv1d")
-    return name.endswith(".bias") and linear and weight not in replaced
+def _must_tie(adapter: Adapter, saved: Iterable[str], inside: Iterable[str]) -> bool:
+    """Whether PEFT has to be told that an embedding and a head are one.
+
+    It knows them by these names only; other heads get a copy of the embedding.
+    """
+    known = any(module.rpartition(".")[2] in ("embed_tokens", "lm_head") for module in saved)
+    return known and any(name.endswith(".weight") and name in adapter.tied for name in inside)
 
 
 def _with_parents(module: str) -> list[str]:

@@ -11,9 +11,11 @@ from typing import Any
 from loratool.errors import FormatError, InputError
 
 _WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".data"
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
+    ".npz", ".pkl", ".onnx", ".onnx_data", ".data",
 }  # fmt: skip
-_WEIGHT_INDEXES = {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+# Beside a model's weights these would make transformers load the adapter on top of them.
+_ADAPTER_FILES = {"adapter_config.json", "loratool.json"}
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,32 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
     """
     if path.is_file():
         return WeightFiles(path.parent, (path.name,)) if path.suffix in suffixes else None
+    if not path.is_dir():
+        return None
     index = path / f"{stem}{suffixes[0]}.index.json"
     if index.is_file():
         return _read_index(index)
     usual = path / f"{stem}{suffixes[0]}"
     if usual.is_file():
         return WeightFiles(path, (usual.name,))
-    others = sorted(
+    others = [
         entry.name
-        for entry in path.iterdir()
+        for entry in _entries(path)
         if entry.suffix in suffixes and entry.is_file() and not _is_training_state(entry.name)
-    )
+    ]
     if len(others) > 1:
         raise FormatError(
             f"{path}: several weight files and no {index.name}: {', '.join(others[:6])}; "
             "name the file that you mean"
         )
     return WeightFiles(path, tuple(others)) if others else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _is_training_state(name: str) -> bool:
@@ -78,14 +89,24 @@ def _read_index(index: Path) -> WeightFiles:
         raise FormatError(f"{index}: has no weight_map; download the index again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or PurePosixPath(name).name != name or name in ("", ".."):
-            raise FormatError(f"{index}: {tensor}: {name!r} is not a file in this directory")
+            raise FormatError(
+                f"{index}: {tensor}: {name!r} is not the name of a file in this directory; "
+                "download the index again"
+            )
     files = tuple(sorted(set(weight_map.values())))
     for name in files:
-        if not (index.parent / name).is_file():
+        if not _is_file(index.parent / name):
             raise FormatError(
-                f"{index.parent / name}: missing, but {index.name} names it: download it"
+                f"{index.parent / name}: missing, but {index.name} names it; download it"
             )
     return WeightFiles(index.parent, files, weight_map)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def check_index(found: WeightFiles, holders: Mapping[str, str]) -> None:
@@ -94,7 +115,7 @@ def check_index(found: WeightFiles, holders: Mapping[str, str]) -> None:
         if holders.get(tensor) != name:
             raise FormatError(
                 f"{found.folder / name}: {tensor}: the index says that this file holds it, "
-                "but it does not"
+                "but it does not; download index and file again"
             )
 
 
@@ -104,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: is not a JSON object")
@@ -123,9 +144,10 @@ def side_files(path: Path) -> dict[str, Path]:
         return {}
     return {
         entry.name: entry
-        for entry in sorted(path.iterdir())
+        for entry in _entries(path)
         if entry.is_file()
         and not entry.name.startswith(".")
         and entry.suffix not in _WEIGHT_SUFFIXES
-        and entry.name not in _WEIGHT_INDEXES
+        and entry.name not in _ADAPTER_FILES
+        and not entry.name.endswith(".index.json")
     }

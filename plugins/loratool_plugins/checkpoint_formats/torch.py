@@ -5,8 +5,10 @@ Only what torch.load(weights_only=True) accepts is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import pickle
-import zipfile
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 _SUFFIXES = (".bin", ".pt", ".pth")
+# How torch's message names what a pickle wants to call.
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Torch:
             state = load_state(file, mapped)
             aliases |= _aliases(state)
             for key, value in state.items():
+                if key in tensors:
+                    raise FormatError(f"{file}: {key}: is already in {shards[key]}")
                 tensors[key] = _lazy(key, value, file)
                 shards[key] = name
         directory.check_index(found, shards)
@@ -76,8 +82,10 @@ def load_lazily(file: Path) -> dict[str, LazyTensor]:
 
 
 def _is_zip(file: Path) -> bool:
+    """Whether it begins like a zip file, as torch decides it; a truncated one does, too."""
     try:
-        return zipfile.is_zipfile(file)
+        with file.open("rb") as opened:
+            return opened.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -92,33 +100,56 @@ def load_state(file: Path, mapped: bool) -> Mapping[str, torch.Tensor]:
     import torch
 
     try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles; what is read is checked below
+            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{file}: torch refuses to unpickle it with weights_only ({_first_line(error)}); "
-            "it may run code: convert it to safetensors where you trust it"
-        ) from error
+        raise FormatError(_refusal(file, error)) from error
     except OSError as error:
+        # torch seeks before the beginning of what is too short to be a torch file.
+        if error.errno == errno.EINVAL:
+            raise FormatError(_unreadable(file, error)) from error
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{file}: is not a readable torch file ({_first_line(error)}); download it again"
-        ) from error
+    except Exception as error:  # bytes from anywhere: torch raises nearly everything on damage
+        raise FormatError(_unreadable(file, error)) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
-        raise FormatError(f"{file}: holds no state dict (a mapping from names to tensors)")
+        raise FormatError(
+            f"{file}: holds no state dict (a mapping from names to tensors); name the file that "
+            "holds the model's weights"
+        )
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise FormatError(f"{file}: {key!r}: is no tensor but {type(value).__name__}")
+            raise FormatError(
+                f"{file}: {key!r}: is no tensor but {type(value).__name__}; save the state dict "
+                "alone"
+            )
         if value.layout != torch.strided or value.is_quantized:
-            raise FormatError(f"{file}: {key}: only dense tensors can be read")
+            raise FormatError(
+                f"{file}: {key}: is sparse or quantized; only dense tensors can be read"
+            )
     return content
 
 
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:160] or type(error).__name__
+def _refusal(file: Path, error: Exception) -> str:
+    """What to say of a pickle that weights_only does not accept."""
+    found = _FORBIDDEN.search(str(error))
+    if found is None:
+        return _unreadable(file, error)
+    return (
+        f"{file}: is refused, because loading it may run code: it needs {found[1]} (weights_only "
+        "allows tensors only); get it as safetensors, or convert it where you trust it"
+    )
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    # torch's advice, to load it without weights_only, is not ours.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the docu")[0]
+    short = " ".join(text.split())[:160] or type(error).__name__
+    if isinstance(error, (OSError, EOFError)):
+        short = "it ends too early"
+    return f"{file}: is not a readable torch file ({short}); download it again"
 
 
 def _lazy(name: str, value: torch.Tensor, file: Path) -> LazyTensor:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from loratool.errors import UsageError
 from loratool.plugins import option
 
 T = TypeVar("T")
@@ -20,6 +21,10 @@ class Threads:
     """As many tasks at a time as there are cores."""
 
     workers: int = option(0, "number of threads; 0 for one a core")
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UsageError(f"threads: workers must be 0 or more, not {self.workers}")
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         """Yield function(task) in the order of the tasks.

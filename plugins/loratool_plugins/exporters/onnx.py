@@ -16,7 +16,7 @@ import torch
 
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES
-from loratool.engine import MANIFEST, manifest
+from loratool.engine import MANIFEST, manifest, single_threaded_tasks
 from loratool.errors import InputError, Problem, UsageError, raise_problems
 from loratool.plugins import option
 from loratool.reports import Report
@@ -173,7 +173,8 @@ class Onnx:
         def tell(name: str) -> None:
             progress(f"writing {name}")
 
-        written = write_weights(model.graph, merged, shell, sources, dest / DATA_FILE, tell)
+        with single_threaded_tasks():
+            written = write_weights(model.graph, merged, shell, sources, dest / DATA_FILE, tell)
         ir.save(model, dest / MODEL_FILE)
         return model, shell, sources, written
 

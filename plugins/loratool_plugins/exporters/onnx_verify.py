@@ -12,6 +12,7 @@ import onnxruntime as ort
 import torch
 
 from loratool.checkpoint import Checkpoint
+from loratool.engine import single_threaded_tasks
 from loratool.errors import VerificationError
 from loratool_plugins.exporters._quiet import quiet, shorten
 from loratool_plugins.exporters.onnx_graph import AXES
@@ -85,6 +86,8 @@ def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
     ort.set_default_logger_severity(_FATAL)
     try:
         with quiet():
+            if len(providers) > 1 and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # finds CUDA where pip has put it; only prints if it is not there
             return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise VerificationError(
@@ -155,7 +158,8 @@ def verify(
     assert merged.config is not None
     cls, config = load_class(merged.config)
     feeds = [sample_inputs(cls, config, *shape, seed + i) for i, shape in enumerate(_SHAPES)]
-    tensors = {name: tensor.read() for name, tensor in merged.items()}
+    with single_threaded_tasks():  # as they were written
+        tensors = {name: tensor.read() for name, tensor in merged.items()}
     written.check(tensors)
     references = reference_outputs(merged, tensors, feeds)
     del tensors

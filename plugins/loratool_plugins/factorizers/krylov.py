@@ -19,11 +19,13 @@ from loratool_plugins.factorizers import _spectral as spectral
 if TYPE_CHECKING:
     import torch
 
-# A delta with a side this short costs less through its whole Gram matrix.
-_SMALL_SIDE = 64
-# bf16 rounds each factor of a product by at most 2^-9, so an energy is off by less than 2^-7 in all
-# and, the roundings being independent, by about 1e-5: shares are sought with 1e-4 to spare.
-_BF16_SLACK, _BF16_MARGIN = 2.0**-7, 1e-4
+# What a search takes at least: this many blocks beyond the rank, in half the shorter side. Where
+# there is no room for them the whole Gram matrix costs less (measured: sides below about 150).
+_LEAST_BLOCKS = 4
+# bf16 rounds to within 2^-8. Blocks, delta and product are rounded, so an energy could be off by
+# 6 * 2^-8 of the total; as roundings are mostly independent it is off by about 1e-5, and a share of
+# the energy is sought with 1e-4 to spare.
+_BF16_SLACK, _BF16_MARGIN = 2.0**-5, 1e-4
 _FP32_SLACK = 1e-6
 # Where less than this is lost the delta is nearly of low rank, and bf16 directions would show.
 _NEARLY_LOW_RANK = 1e-2
@@ -83,7 +85,7 @@ class Krylov:
         limit = policy.limit(target.shape)
         width = 16 if limit <= 16 else 32
         least = limit if policy.energy is None else 1
-        if target.shape[0] <= _SMALL_SIDE or 2 * (least + width) > target.shape[0]:
+        if target.shape[0] < 2 * (least + _LEAST_BLOCKS * width):
             return spectral.gram_factorization(target, policy)
         if self._rounds(policy):
             target = replace(target, rounded=_bf16_copy(target))
@@ -216,9 +218,14 @@ class Subspace:
         self._judged_size = self.size
 
     def _holds_everything(self) -> bool:
-        """Whether too little lies outside the subspace to matter, whatever it is."""
+        """Whether too little lies outside the subspace to matter, whatever it is.
+
+        Never said of bf16 energies: roundings of equal numbers do not average out.
+        """
         now = self._judgements[-1]
-        return now.rank is not None and now.missed <= self._tolerance * now.captured(now.rank)
+        if now.rank is None or self._target.rounded is not None:
+            return False
+        return now.missed <= self._tolerance * now.captured(now.rank)
 
     def _has_converged(self, outside: torch.Tensor) -> bool:
         """Whether both estimates of the energy still missing are small at the rank in question.
