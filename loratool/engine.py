@@ -5,7 +5,6 @@ One intra-op thread a task, so that results do not depend on how many workers th
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import itemsize
 from loratool.outcome import Outcome
-from loratool.reports import Report
+from loratool.reports import Report, to_json
 from loratool.writer import atomic_directory, write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
@@ -134,7 +133,7 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> None:
 
 def manifest(data: Mapping[str, Any]) -> bytes:
     """A manifest's bytes."""
-    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+    return f"{to_json(data, indent=1)}\n".encode()
 
 
 def run_facts() -> dict[str, Any]:

@@ -74,6 +74,7 @@ class _Rounder:
         self._bits, self._lowest = _PRECISION[dtype]
         self._magic = torch.empty(elements, dtype=torch.int64)
         self._rounded = torch.empty(elements, dtype=torch.float64)
+        self._off = torch.empty(elements, dtype=torch.float64)
 
     def round(self, total: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """Round weight + delta; `total` is their fp64 sum. All three are flat and of one size.
@@ -94,8 +95,8 @@ class _Rounder:
         self._break_ties(total, weight, delta, rounded, shifter)
         return rounded
 
-    @staticmethod
     def _break_ties(
+        self,
         total: torch.Tensor,
         weight: torch.Tensor,
         delta: torch.Tensor,
@@ -103,7 +104,7 @@ class _Rounder:
         shifter: torch.Tensor,
     ) -> None:
         unit = shifter  # 1.5 * 2^52 units; a tie is off by half a unit: 2^-53 / 1.5 of it
-        off = torch.sub(total, rounded)
+        off = torch.sub(total, rounded, out=self._off[: total.numel()])
         ties = off.abs_().mul_(1.5 * 2.0**53).eq(unit)
         if not bool(ties.any()):
             return
@@ -171,8 +172,8 @@ def merged_blocks(
         torch.mm(delta.left[start : start + step], delta.right, out=d.view(tile.shape))
         torch.add(w, d, out=s)
         rounded = s if rounder is None else rounder.round(s, w, d)
+        _check_finite(rounded, w, name, dtype)
         result = narrow(rounded, dtype)
-        _check_finite(result, w, name, dtype)
         survival.wanted += float(torch.dot(d, d))
         survival.kept += float(torch.dot(rounded.sub_(w), d))
         yield result.view(tile.shape)
@@ -193,8 +194,11 @@ def rounded_blocks(values: torch.Tensor, dtype: str, name: str) -> Iterator[torc
         yield result
 
 
-def _check_finite(result: torch.Tensor, weight: torch.Tensor, name: str, dtype: str) -> None:
-    if bool(torch.isfinite(result.float()).all()):
+def _check_finite(rounded: torch.Tensor, weight: torch.Tensor, name: str, dtype: str) -> None:
+    if not rounded.numel():
+        return
+    low, high = torch.aminmax(rounded)  # one pass, and NaN comes through
+    if max(-float(low), float(high)) <= torch.finfo(torch_dtype(dtype)).max:
         return
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"{name}: the base holds NaN or Inf; a merge would keep it: repair it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,3 +51,16 @@ def format_share(share: float) -> str:
     """A share in [0, 1] as per cent, never rounded up to 100% when something is missing."""
     percent = min(share * 100, 99.99) if share < 1 else 100.0
     return f"{percent:.2f}%"
+
+
+def to_json(data: Any, indent: int) -> str:
+    """Plain data as JSON with sorted keys; null for NaN and Inf, which JSON cannot say."""
+    return json.dumps(_finite(data), indent=indent, sort_keys=True, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -96,7 +96,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raise OutputError unless `target` is free, empty, or may be overwritten."""
     try:
         if target.is_dir():
-            if target.is_mount():
+            if target.resolve().is_mount():
                 raise OutputError(f"{target}: is a mount point; choose a directory below it")
             if not any(target.iterdir()):
                 return

@@ -43,7 +43,8 @@ def step_command(name: str) -> click.Command:
         _run(cls, values)
 
     help_text = inspect.cleandoc(cls.__doc__ or "")
-    short = " ".join(help_text.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+    paragraph = " ".join(help_text.partition("\n\n")[0].split())
+    short = f"{paragraph.partition('. ')[0].rstrip('.')}."
     return click.Command(name, params=parameters, callback=run, help=help_text, short_help=short)
 
 

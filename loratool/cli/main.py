@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -46,7 +45,7 @@ def list_plugins() -> None:
 def main() -> None:
     """Run the command line; expected errors become one message and exit status 1."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="loratool", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -61,7 +60,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        print_error(f"{error.filename}: {error.strerror}")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted; nothing was written")

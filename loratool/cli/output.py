@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,23 @@ import click
 
 from loratool import plugins
 from loratool.errors import PluginError
-from loratool.reports import Report, Table
+from loratool.reports import Report, Table, to_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+# Control characters but the newline, and lone surrogates, which no encoding can write.
+_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 def print_error(message: str, kind: str = "Error") -> None:
     """One message on standard error."""
-    click.echo(f"{kind}: {message}", err=True)
+    click.echo(f"{kind}: {_printable(message)}", err=True)
+
+
+def _printable(text: str) -> str:
+    """Names come from strangers' files: what a terminal would obey, or not show, is escaped."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def print_report(report: Report, as_json: bool, quiet: bool) -> None:
@@ -26,15 +34,15 @@ def print_report(report: Report, as_json: bool, quiet: bool) -> None:
     for note in report.notes:
         print_error(note, "Note")
     if as_json:
-        click.echo(json.dumps(report.data, indent=2, sort_keys=True))
+        click.echo(to_json(report.data, indent=2))
         return
     if quiet and report.ok:
         return
     if report.table is not None and report.table.rows:
         _print_table(report.table)
-    click.echo(report.title)
+    click.echo(_printable(report.title))
     for line in report.lines:
-        click.echo(f"  {line}")
+        click.echo(f"  {_printable(line)}")
 
 
 def _print_table(table: Table) -> None:
@@ -60,7 +68,7 @@ def _is_number(cell: str) -> bool:
 def _escape(cell: str) -> str:
     from rich.markup import escape
 
-    return escape(cell)
+    return escape(_printable(cell))
 
 
 def print_plugins() -> None:

@@ -14,6 +14,7 @@ from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, InputError, Problem
+from loratool.families import is_embedding
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats.peft_layout import PREFIX, Layout, plan_layout
@@ -192,7 +193,7 @@ class _Reader:
         if any(parent.endswith(str(end)) for parent in parents for end in saved):
             return name
         is_bias = leaf == "bias" and self.settings.get("bias") in ("all", "lora_only")
-        is_table = leaf == "weight" and module.endswith(("embed_tokens", "lm_head", "embeddings"))
+        is_table = leaf == "weight" and (is_embedding(module) or module.endswith("lm_head"))
         return name if is_bias or is_table else None
 
     def _replacement(self, name: str, tensor: LazyTensor) -> LazyUpdate:

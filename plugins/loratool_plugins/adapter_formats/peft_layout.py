@@ -1,12 +1,14 @@
 """How PEFT represents a set of updates: which keys, and which settings make it load them.
 
 PEFT's rules, as peft 0.21 applies them:
-* a tensor outside the factors is loaded if its module is in modules_to_save, and then *all* of the
-  module's tensors must be there;
+* a tensor outside the factors is kept whole if its module is in modules_to_save, and then *all* of
+  the module's tensors must be there, tied ones included;
 * modules_to_save matches every module whose name *ends with* an entry, without regard to dots;
 * task types with a head add the head's names to modules_to_save by themselves;
-* biases of linear modules are loaded with bias="all", a LoRA target's as `base_layer.bias`;
-* a tied embedding needs ensure_weight_tying, and its twin's key as well.
+* with bias="all" biases are loaded into the base, a LoRA target's as `base_layer.bias`;
+* any other key that names a tensor of the base is loaded into the base as well;
+* a head that is tied to an embedding needs its own key; ensure_weight_tying keeps the two one, and
+  works (without it: warns) only where one of them is called embed_tokens or lm_head.
 """
 
 from __future__ import annotations
@@ -109,11 +111,12 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
     saved = _as_peft_matches(saved, sources, _HEADS.get(adapter.task_type or "", ()))
     inside = [name for name in sources if _is_inside(name.rpartition(".")[0], saved)]
     low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
+    placeholder = None if low_rank else _any_linear(adapter, inside)
     whole = {PREFIX + name: sources[name] for name in inside}
     in_place.difference_update(inside)
     for name in sorted(in_place):
         module, _, leaf = name.rpartition(".")
-        is_target = f"{module}.weight" in low_rank
+        is_target = f"{module}.weight" in (*low_rank, placeholder)
         whole[f"{PREFIX}{module}.base_layer.{leaf}" if is_target else PREFIX + name] = name
     return Layout(
         low_rank,
@@ -121,7 +124,7 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
         modules_to_save=tuple(sorted(saved)),
         biases=any(name.endswith("bias") for name in in_place),
         tied=_must_tie(adapter, saved, inside),
-        placeholder=None if low_rank else _any_linear(adapter, inside),
+        placeholder=placeholder,
     )
 
 

@@ -87,7 +87,7 @@ def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
     try:
         with quiet():
             if len(providers) > 1 and hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # finds CUDA where pip has put it; only prints if it is not there
+                ort.preload_dlls()  # finds CUDA where pip put it; prints if it is not there
             return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise VerificationError(
