@@ -103,6 +103,7 @@ class Adapter(Mapping[str, LazyUpdate]):
             store whole modules. Empty for an adapter read from a file.
         kinds: parameter name -> the kind of module in the fine-tuned model (`loratool.skeleton`).
         tied: names that the fine-tuned model ties to another parameter -> that parameter.
+        moves: (OLD, NEW): parameters whose name is, or starts with, OLD are the base's NEW.
         settings: the adapter's own configuration file, as read.
         problems: what was already wrong with its files on opening.
         left_out: changes that were not asked for: measured and reported, never written.
@@ -119,6 +120,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     context: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     tied: Mapping[str, str] = field(default_factory=dict)
+    moves: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)

@@ -23,11 +23,13 @@ class Alignment:
         pairs: name here -> name there.
         prefix_here: what names here start with and names there do not ("" if nothing).
         prefix_there: what names there start with and names here do not ("" if nothing).
+        moves: (OLD, NEW): names that were paired by hand.
     """
 
     pairs: Mapping[str, str]
     prefix_here: str = ""
     prefix_there: str = ""
+    moves: tuple[tuple[str, str], ...] = ()
 
     def describe(self) -> str:
         """The prefix rule in words, or "" if names are equal."""
@@ -39,6 +41,9 @@ class Alignment:
 
     def name_here(self, there: str) -> str:
         """The name here of a name there that may have no pair."""
+        for old, new in self.moves:
+            if there.startswith(new):
+                return old + there.removeprefix(new)
         if self.prefix_there and there.startswith(self.prefix_there):
             return there.removeprefix(self.prefix_there)
         return self.prefix_here + there
@@ -55,21 +60,29 @@ def parse_moves(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(moves)
 
 
-def align(here: Shapes, there: Shapes, moves: Sequence[tuple[str, str]] = ()) -> Alignment:
-    """Pair the names of two models.
+def align(
+    here: Shapes,
+    there: Shapes,
+    moves: Sequence[tuple[str, str]] = (),
+    option: str = "--map",
+) -> Alignment:
+    """Pair the names of two models; no name there gets two.
 
     Args:
         here: names and shapes of the one.
         there: names and shapes of the other.
         moves: (OLD, NEW): a name here that is, or starts with, OLD is there the same with NEW.
+        option: what the user decides with where names match in several ways ("": nothing).
 
     Raises:
-        MismatchError: two prefixes match equally many tensors, or a move leads nowhere.
+        MismatchError: two prefixes match equally many tensors, or a move leads nowhere or where
+            another has led.
     """
     pairs = _by_hand(here, there, moves)
-    equal = {name: name for name in here if name in there and name not in pairs}
+    taken = set(pairs.values())
+    equal = {n: n for n in here if n in there and n not in pairs and n not in taken}
     free = [name for name in here if name not in pairs and name not in equal]
-    candidates = _prefixes(free, here, there, taken={*pairs.values(), *equal.values()})
+    candidates = _prefixes(free, there, taken.union(equal))
     ranked = sorted(candidates.items(), key=lambda item: (-_matching(item[1], here, there), item))
     # A prefix counts only if it explains more than equal names do: a stray head does not.
     if ranked and _matching(ranked[0][1], here, there) > len(equal):
@@ -80,9 +93,9 @@ def align(here: Shapes, there: Shapes, moves: Sequence[tuple[str, str]] = ()) ->
             if _matching(other, here, there) == _matching(found, here, there)
         ]
         if len(rivals) > 1:
-            raise MismatchError(_ambiguous(rivals, candidates))
-        return Alignment({**pairs, **equal, **found}, *best)
-    return Alignment({**pairs, **equal})
+            raise MismatchError(_ambiguous(rivals, candidates, option))
+        return Alignment({**pairs, **equal, **found}, *best, moves=tuple(moves))
+    return Alignment({**pairs, **equal}, moves=tuple(moves))
 
 
 def _by_hand(here: Shapes, there: Shapes, moves: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -98,11 +111,16 @@ def _by_hand(here: Shapes, there: Shapes, moves: Sequence[tuple[str, str]]) -> d
                 f"--map {old}={new}: no tensor {old}* of the fine-tune is a {new}* of the base"
             )
         pairs |= moved
+    owners: dict[str, str] = {}
+    for name, other in pairs.items():
+        if other in owners:
+            raise MismatchError(f"--map: {owners[other]} and {name} both become {other}")
+        owners[other] = name
     return pairs
 
 
 def _prefixes(
-    free: Sequence[str], here: Shapes, there: Shapes, taken: set[str]
+    free: Sequence[str], there: Shapes, taken: set[str]
 ) -> dict[tuple[str, str], dict[str, str]]:
     """(prefix here, prefix there) -> the pairs it would make."""
     found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
@@ -126,15 +144,18 @@ def _tails(name: str) -> list[str]:
 
 
 def _matching(pairs: Mapping[str, str], here: Shapes, there: Shapes) -> int:
-    return sum(here[name] == there[other] for name, other in pairs.items())
+    # Either way round: an update does not always say whether its weight is stored transposed.
+    return sum(sorted(here[name]) == sorted(there[other]) for name, other in pairs.items())
 
 
 def _ambiguous(
     rivals: Sequence[tuple[str, str]],
     candidates: Mapping[tuple[str, str], Mapping[str, str]],
+    option: str,
 ) -> str:
-    lines = ["the names of base and fine-tune match in several ways; choose with --map OLD=NEW:"]
+    lines = [f"names match in several ways{f'; choose with {option} OLD=NEW' if option else ''}:"]
     for prefix_here, prefix_there in rivals:
-        example = next(iter(candidates[prefix_here, prefix_there].items()))
-        lines.append(f"  --map {prefix_here}={prefix_there}   ({example[0]} is {example[1]})")
+        name, other = next(iter(candidates[prefix_here, prefix_there].items()))
+        choice = f": {option} {prefix_here}={prefix_there}" if option else ""
+        lines.append(f"  {name} may be {other}{choice}")
     return "\n".join(lines)

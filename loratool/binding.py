@@ -59,8 +59,10 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
     """Bind every update to a tensor of `base`, by headers only; nothing is raised."""
     problems = list(adapter.problems)
     shapes = {name: tensor.shape for name, tensor in base.items()}
+    names = {name: update.shape for name, update in adapter.items()}
+    moves = [move for move in adapter.moves if any(name.startswith(move[0]) for name in names)]
     try:
-        alignment = align({name: update.shape for name, update in adapter.items()}, shapes)
+        alignment = align(names, shapes, moves, option="")
     except MismatchError as error:
         return Binding(problems=(*problems, Problem("error", adapter.label, str(error))))
     skeleton = build_skeleton(base.config, shapes)
@@ -77,7 +79,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
             added[name] = BoundUpdate(update, name)
             found = _check_addition(update, adapter)
         else:
-            found = [_missing(name, alignment, base)]
+            found = [_missing(name, alignment, base, skeleton)]
         problems.extend(found)
     dropped = tuple(name for name in adapter.dropped if name in base)
     copies = _tied_copies(changed, base, skeleton)
@@ -121,7 +123,7 @@ def _is_transposed(
     update: LazyUpdate, target: str, shape: tuple[int, ...], skeleton: Skeleton
 ) -> bool:
     """As PEFT decides: the module's class wins over what the adapter's config says."""
-    kind = skeleton.kinds.get(target, "other")
+    kind = "other" if skeleton.guessed else skeleton.kinds.get(target, "other")
     if kind in ("linear", "conv1d"):
         return kind == "conv1d"
     if update.transposed is not None:
@@ -145,10 +147,14 @@ def _check_addition(update: LazyUpdate, adapter: Adapter) -> list[Problem]:
     return [Problem("warning", update.name, message)]
 
 
-def _missing(name: str, alignment: Alignment, base: Checkpoint) -> Problem:
+def _missing(name: str, alignment: Alignment, base: Checkpoint, skeleton: Skeleton) -> Problem:
     expected = alignment.prefix_there + name.removeprefix(alignment.prefix_here)
-    close = [other for other in base if other.rpartition(".")[0].endswith(name.split(".")[-2])]
-    hint = f"; the base has {close[0]}" if close else ""
+    if twin := skeleton.tied.get(expected):
+        message = f"is tied to {twin} in the base: an update of one would change both"
+        return Problem("error", name, message)
+    ending = "." + ".".join(name.split(".")[-2:])
+    close = next((other for other in base if f".{other}".endswith(ending)), None)
+    hint = f"; the base has {close}" if close else ""
     return Problem("error", name, f"the base has no tensor {expected}{hint}")
 
 

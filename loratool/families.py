@@ -16,6 +16,14 @@ _EMBEDDINGS = re.compile(
     r"|embed_positions|wte|wpe|shared|relative_attention_bias|embed_in|embeddings)"
 )
 
+# Buffers that older versions of transformers saved and today's compute; (pattern, dimensions).
+_BUFFERS = (
+    (re.compile(r"(.*\.)?position_ids"), 2),
+    (re.compile(r"(.*\.)?inv_freq"), 1),
+    (re.compile(r"(.*\.)?(attn|attention)\.bias"), 4),
+    (re.compile(r"(.*\.)?(attn|attention)\.masked_bias"), 0),
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -162,6 +170,11 @@ FAMILIES = {
 def is_embedding(module: str) -> bool:
     """Whether a module of this name holds an embedding table."""
     return _EMBEDDINGS.fullmatch(module) is not None
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no parameter, but a buffer that the model's class computes by itself."""
+    return any(len(shape) == size and regex.fullmatch(name) for regex, size in _BUFFERS)
 
 
 def family_of_names(names: Iterable[str]) -> Family | None:

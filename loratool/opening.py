@@ -40,10 +40,12 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
 
     Raises:
         InputError: nothing is there, or it cannot be read.
-        FormatError: no format recognises it, or its files contradict themselves.
+        FormatError: no format recognises it, its files contradict themselves, or hold nothing.
     """
     path = resolve(ref)
     checkpoint: Checkpoint = _detect("checkpoint_formats", path, "checkpoint").open(path)
+    if not checkpoint:
+        raise FormatError(f"{path}: holds no tensors; download it again")
     return checkpoint
 
 

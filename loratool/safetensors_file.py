@@ -101,7 +101,7 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=checked)
+        content = json.loads(raw.decode(), object_pairs_hook=checked, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         raise FormatError(
             f"{path}: the safetensors header is not valid JSON ({error}); download it again"
@@ -109,6 +109,10 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: the safetensors header is not a JSON object")
     return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")  # but Python reads it
 
 
 def _parse_entry(path: Path, name: str, value: Any) -> Entry:

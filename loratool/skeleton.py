@@ -19,6 +19,7 @@ from loratool.families import (
     class_of_names,
     family_of_class,
     family_of_names,
+    is_buffer,
     is_embedding,
 )
 
@@ -47,11 +48,13 @@ class Skeleton:
         kinds: parameter name -> what kind of module it is the weight of.
         tied: parameter -> the parameter that it shares its values with.
         notes: what had to be guessed.
+        guessed: whether the kinds are guesses by name and shape.
     """
 
     kinds: Mapping[str, Kind]
     tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    guessed: bool = False
 
 
 def task_type(architecture: str) -> str | None:
@@ -82,7 +85,7 @@ def build_skeleton(config: Mapping[str, Any] | None, shapes: Shapes) -> Skeleton
     if config and architecture_of(config) and model_type:
         return _from_transformers(config, shapes)
     note = "the model's family is unknown: linear weights were told by their names and shapes"
-    return Skeleton(_kinds_by_name(shapes, None), notes=(note,))
+    return Skeleton(_kinds_by_name(shapes, None), notes=(note,), guessed=True)
 
 
 def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
@@ -120,7 +123,8 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
     with torch.device("meta"):
         model = cls(transformers.AutoConfig.for_model(config["model_type"], **settings))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if strange := sorted(set(shapes) - set(model.state_dict())):
+    known = {name for name, shape in shapes.items() if is_buffer(name, shape)}
+    if strange := sorted(set(shapes) - set(model.state_dict()) - known):
         raise InputError(
             f"{strange[0]}: {architecture} has another name for it in memory than on disk "
             f"(so have {len(strange) - 1} more); such models are not supported yet"
@@ -208,7 +212,7 @@ def _complete_sizes(config: dict[str, Any], shapes: Shapes, notes: list[str]) ->
             config["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
             notes.append(f"config.json names other labels than the head's {rows}: numbered them")
         config.pop("num_labels", None)  # follows from id2label
-    tables = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight")
+    tables = ("word_embeddings.weight", "embed_tokens.weight", "wte.weight", "shared.weight")
     vocabulary = next((s[0] for n, s in shapes.items() if n.endswith(tables)), None)
     if vocabulary is not None and config.get("vocab_size", vocabulary) != vocabulary:
         notes.append(

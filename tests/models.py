@@ -141,7 +141,9 @@ def make_pair(
     """
     pair = Pair(folder / "base", folder / "tuned", recipe)
     config = tiny_config(recipe.model_type, **recipe.settings)
-    build(recipe.base, config).save_pretrained(pair.base)
+    base = build(recipe.base, config)
+    perturb(base, seed=2)  # no bias is zero and no norm is one
+    base.save_pretrained(pair.base)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         tuned = load(recipe.tuned, pair.base, **(tuned_settings or {}))

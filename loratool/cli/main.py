@@ -45,9 +45,7 @@ def list_plugins() -> None:
 def main() -> None:
     """Run the command line; expected errors become one message and exit status 1."""
     try:
-        cli.main(prog_name="loratool", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(cli.main(prog_name="loratool", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -14,6 +14,7 @@ from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
+from loratool.families import is_buffer
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
 from loratool.skeleton import Skeleton, architecture_of, build_skeleton, complete_config, task_type
@@ -91,9 +92,10 @@ class Extract:
             dropped=() if self.lora_only else plan.dropped,
             task_type=None if headless else task,
             base_name=self._base_name(base),
-            context=dict(finetuned.tensors),
+            context={name: finetuned[name] for name in finetuned if name not in plan.buffers},
             kinds=plan.skeleton.kinds,
             tied=plan.skeleton.tied,
+            moves=plan.alignment.moves,
             left_out=whole if self.lora_only else {},
             notes=plan.notes,
             facts=lambda: _facts(self, policy, plan, reader),
@@ -117,6 +119,7 @@ class _Plan:
     config: Mapping[str, Any] | None
     skeleton: Skeleton
     dropped: tuple[str, ...]
+    buffers: tuple[str, ...]
     selected: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -128,7 +131,9 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     config, config_notes = complete_config(finetuned.config, shapes, base.config, step.architecture)
     skeleton = build_skeleton(config, shapes)
     _check_related(alignment, finetuned, base, skeleton)
-    selected = tuple(name for name in finetuned if _is_selected(step, name))
+    buffers = tuple(name for name, shape in shapes.items() if is_buffer(name, shape))
+    parameters = [name for name in finetuned if name not in buffers]
+    selected = tuple(name for name in parameters if _is_selected(step, name))
     paired = set(alignment.pairs.values())
     dropped = tuple(
         name
@@ -138,14 +143,21 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
-    if excluded := len(finetuned) - len(selected):
+    if buffers:
+        notes.append(
+            f"{len(buffers)} buffers of the fine-tune are left out ({buffers[0]}, ...): they are no "
+            "parameters, and the model computes them"
+        )
+    if excluded := len(parameters) - len(selected):
         notes.append(f"{excluded} tensors were not looked at (--target, --exclude)")
     if policy.rank and (small := _smaller_than(policy.rank, selected, shapes, skeleton)):
         notes.append(
             f"rank {policy.rank} is more than {len(small)} matrices have ({small[0]}, ...): "
             "these get their full rank"
         )
-    return _Plan(base, finetuned, alignment, config, skeleton, dropped, selected, tuple(notes))
+    return _Plan(
+        base, finetuned, alignment, config, skeleton, dropped, buffers, selected, tuple(notes)
+    )
 
 
 def _smaller_than(

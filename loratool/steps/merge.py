@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +14,7 @@ from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError, UsageError, raise_problems
 from loratool.plugins import Operand, option
 from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.shards import parse_size, plan_shards, safetensors_name
 from loratool.skeleton import complete_config
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from loratool.merging import Survival
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TILE_ELEMENTS = 1 << 18
 _CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -99,7 +99,7 @@ class Merge:
         tensors, survival = _merged_tensors(base, parts, dtype)
         renames = _renames(base, parts)
         tensors = {renames.get(n, n): t.renamed(renames.get(n, n)) for n, t in tensors.items()}
-        shards = _shards(base, tensors, {new: old for old, new in renames.items()}, limit)
+        shards = plan_shards(base, tensors, {new: old for old, new in renames.items()}, limit)
         config, side_files, notes = self._model_files(base, parts, tensors, dtype)
         return MergedCheckpoint(
             {name: tensors[name] for name in shards},
@@ -218,14 +218,12 @@ def _merged_tensors(
 def _replaced(tensor: LazyTensor, bound: BoundUpdate) -> LazyTensor:
     """The replacement under the base's name, in the base's dtype."""
     update = bound.update
-    stored = update.stored[0] if update.stored else None
     lazy = LazyTensor(
         tensor.name,
         update.dtype,
         update.shape,
         _replacement_blocks(bound, tensor),
         update.origin,
-        stored.extent if stored is not None else None,
     )
     return _as_dtype(lazy, tensor.dtype)
 
@@ -236,7 +234,7 @@ def _replacement_blocks(
     def blocks() -> Iterator[torch.Tensor]:
         found = bound.update.load()
         if isinstance(found, Replacement):
-            yield from found.tensor.blocks()
+            yield from _finite_blocks(found.tensor, bound)
         elif before is not None:  # an extraction found it unchanged
             yield from before.blocks()
 
@@ -245,14 +243,12 @@ def _replacement_blocks(
 
 def _addition(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTensor:
     update = bound.update
-    stored = update.stored[0] if update.stored else None
     lazy = LazyTensor(
         bound.tensor,
         update.dtype,
         update.shape,
         _replacement_blocks(bound, None),
         update.origin,
-        stored.extent if stored is not None else None,
     )
     if not is_float(update.dtype):
         return lazy
@@ -316,8 +312,24 @@ def _require_finite(found: LowRank, bound: BoundUpdate) -> None:
 
     for side, factor in (("A", found.a), ("B", found.b)):
         if not bool(torch.isfinite(factor.float()).all()):
-            origin = bound.update.origin or "the adapter"
-            raise InputError(f"{origin}: {bound.update.name}: lora_{side} holds NaN or Inf")
+            raise _not_finite(bound, f"lora_{side} holds")
+
+
+def _finite_blocks(tensor: LazyTensor, bound: BoundUpdate) -> Iterator[torch.Tensor]:
+    """A replacement's blocks; InputError if one holds NaN or Inf."""
+    import torch
+
+    for block in tensor.blocks():
+        flat = block.reshape(-1)
+        for start in range(0, flat.numel(), _TILE_ELEMENTS):
+            if not bool(torch.isfinite(flat[start : start + _TILE_ELEMENTS].float()).all()):
+                raise _not_finite(bound, "holds")
+        yield block
+
+
+def _not_finite(bound: BoundUpdate, what: str) -> InputError:
+    origin = bound.update.origin or "the adapter"
+    return InputError(f"{origin}: {bound.update.name}: {what} NaN or Inf: repair the adapter")
 
 
 def _renames(base: Checkpoint, parts: Sequence[_Part]) -> dict[str, str]:
@@ -325,55 +337,7 @@ def _renames(base: Checkpoint, parts: Sequence[_Part]) -> dict[str, str]:
     renames: dict[str, str] = {}
     for part in parts:
         alignment = part.binding.alignment
-        named = alignment.prefix_here or alignment.prefix_there
+        named = alignment.prefix_here or alignment.prefix_there or alignment.moves
         if named and part.adapter.model_config is not None:
             renames |= {name: alignment.name_here(name) for name in base}
     return {old: new for old, new in renames.items() if old != new}
-
-
-def safetensors_name(name: str) -> str:
-    """The file name that a weight file's safetensors copy gets."""
-    if name.endswith(".safetensors"):
-        return name
-    stem = re.sub(r"\.(bin|pt|pth)$", "", name)
-    return f"{re.sub('^pytorch_model', 'model', stem)}.safetensors"
-
-
-def _shards(
-    base: Checkpoint,
-    tensors: Mapping[str, LazyTensor],
-    originals: Mapping[str, str],
-    limit: int | None,
-) -> dict[str, str]:
-    """Tensor -> file name, in the order in which they are written."""
-    last = safetensors_name(list(base.shards.values())[-1]) if base.shards else "model.safetensors"
-    if limit is None:
-        files = {
-            name: safetensors_name(base.shards.get(originals.get(name, name), last))
-            for name in tensors
-        }
-        return {name: files[name] for name in sorted(tensors, key=lambda n: files[n])}
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return dict.fromkeys(tensors, "model.safetensors")
-    return {
-        name: f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        for number, group in enumerate(groups, 1)
-        for name in group
-    }
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "5GB" or "500MiB"; UsageError otherwise."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
-        raise UsageError(f"{text!r} is not a size: write it like 5GB or 500MiB")
-    return size

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -101,7 +102,10 @@ def save_model(folder: Path, tensors: Tensors, files: int = 1) -> Path:
     return folder
 
 
-def write_index(folder: Path, weight_map: Mapping[str, Any], stem: str = "model.safetensors") -> None:
+def write_index(
+    folder: Path, weight_map: Mapping[str, Any], stem: str = "model.safetensors"
+) -> None:
+    """An index that says which file holds which tensor."""
     content = {"metadata": {"total_size": 0}, "weight_map": dict(weight_map)}
     (folder / f"{stem}.index.json").write_text(json.dumps(content))
 
@@ -145,8 +149,8 @@ def loratool(*arguments: object) -> Result:
         try:
             main()
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            status = stop.code
+            assert stop.code is None or isinstance(stop.code, int)
+            status = stop.code or 0
     return Result(status, out.getvalue(), err.getvalue())
 
 
@@ -157,6 +161,8 @@ def start(*arguments: object, **environment: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A pytest in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, **{key: str(value) for key, value in environment.items()}},
     )
 
@@ -177,12 +183,17 @@ def refused(result: Result, *words: object, status: int = 1) -> None:
     """One message that holds `words`, nothing on standard output, no traceback."""
     assert result.status == status, result
     assert result.out == ""
-    assert result.err.count("Error: ") == 1
+    assert sum(line.startswith("Error: ") for line in result.err.splitlines()) == 1
     assert "Traceback" not in result.err
     if status == 1:
         assert result.err.startswith("Error: ")
     for word in words:
         assert str(word) in result.err
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

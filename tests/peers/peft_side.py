@@ -35,8 +35,9 @@ def load_strictly(model: PreTrainedModel, adapter: Path) -> Any:
         results.append(result)
         return result
 
-    with warnings.catch_warnings(), mock.patch(
-        "peft.peft_model.set_peft_model_state_dict", recording
+    with (
+        warnings.catch_warnings(),
+        mock.patch("peft.peft_model.set_peft_model_state_dict", recording),
     ):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
@@ -79,17 +80,19 @@ def by_hand(pair: Pair, adapter: Path, base: PreTrainedModel) -> PreTrainedModel
     `base` is the fine-tune's class with the base's weights.
     """
     model = pair.load_tuned()
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    before = dict(base.named_parameters())
-    with torch.no_grad():
-        for module in factored_modules(adapter):
-            a = tensors[f"{PREFIX}{module}.lora_A.weight"].double()
-            b = tensors[f"{PREFIX}{module}.lora_B.weight"].double()
-            old = before[f"{module}.weight"].double()
-            delta = (b @ a).T if _is_conv1d(model, module) else b @ a
-            model.get_submodule(module).weight.copy_(old + delta)
+    before = {name: value.detach().clone() for name, value in base.named_parameters()}
+    for module, delta in deltas(model, adapter).items():
+        model.get_submodule(module).weight.data = before[f"{module}.weight"] + delta
     return model
 
 
-def _is_conv1d(model: PreTrainedModel, module: str) -> bool:
-    return type(model.get_submodule(module)).__name__ == "Conv1D"
+def deltas(model: PreTrainedModel, adapter: Path) -> dict[str, torch.Tensor]:
+    """Module -> B A as the file has it, in the orientation of the module's weight."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for module in factored_modules(adapter):
+        a = tensors[f"{PREFIX}{module}.lora_A.weight"].double()
+        b = tensors[f"{PREFIX}{module}.lora_B.weight"].double()
+        is_conv1d = type(model.get_submodule(module)).__name__ == "Conv1D"
+        found[module] = ((b @ a).T if is_conv1d else b @ a).float()
+    return found

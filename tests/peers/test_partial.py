@@ -40,8 +40,13 @@ def tables(name: str) -> bool:
 
 def one_matrix(name: str) -> bool:
     return "1" in name.split(".") and name.endswith(
-        ("query.weight", "q_proj.weight", "c_attn.weight", "q_lin.weight",
-         "decoder.block.1.layer.1.EncDecAttention.q.weight")
+        (
+            "query.weight",
+            "q_proj.weight",
+            "c_attn.weight",
+            "q_lin.weight",
+            "decoder.block.1.layer.1.EncDecAttention.q.weight",
+        )
     )
 
 
@@ -50,15 +55,17 @@ HEADS = {
     for name, recipe in RECIPES.items()
     if recipe.tuned.endswith(("Classification", "Answering"))
 }
+WITH_BIASES = ("bert-mlm", "roberta-mlm", "distilbert-mlm", "gpt2", "qwen2", "opt")
+WITHOUT = ("llama", "llama-tied", "llama-bare", "t5")
 CASES: dict[str, tuple[Recipe, Selection]] = {
-    f"{what.__name__}-{name}": (recipe, what)
-    for name, recipe in RECIPES.items()
-    for what in (biases, norms, tables, one_matrix)
-    if recipe.base == recipe.tuned
-    and name in ("bert-mlm", "roberta-mlm", "distilbert-mlm", "gpt2", "llama", "llama-tied",
-                 "llama-bare", "qwen2", "opt", "t5")
-    and not (what is biases and name in ("llama", "llama-tied", "llama-bare", "t5"))
-} | {f"head-{name}": (recipe, nothing) for name, recipe in RECIPES.items() if name in HEADS}  # fmt: skip
+    **{
+        f"{what.__name__}-{name}": (RECIPES[name], what)
+        for name in WITH_BIASES + WITHOUT
+        for what in (biases, norms, tables, one_matrix)
+        if what is not biases or name in WITH_BIASES
+    },
+    **{f"head-{name}": (RECIPES[name], nothing) for name in HEADS},
+}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _OURS = "loratool"  # key of the safetensors metadata for what PEFT's files cannot say
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# With bias="all" PEFT saves the biases of modules_to_save again, under the names of its wrapper.
+_WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)")
 # Settings that change what the weights mean; loratool merges none of them wrongly.
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
@@ -69,6 +71,7 @@ class Peft:
             task_type=settings.get("task_type"),
             base_name=str(settings.get("base_model_name_or_path") or ""),
             tied=dict(ours.get("tied", {})),
+            moves=tuple((str(old), str(new)) for old, new in ours.get("moves", ())),
             settings=settings,
             problems=tuple(reader.problems),
             path=path,
@@ -96,7 +99,11 @@ class Peft:
             tensors = dict(_stored_tensors(adapter, layout, factors))
             if layout.placeholder:
                 tensors |= _placeholder(spool, adapter, layout.placeholder)
-            extra = {"dropped": list(adapter.dropped), "tied": dict(adapter.tied)}
+            extra = {
+                "dropped": list(adapter.dropped),
+                "tied": dict(adapter.tied),
+                "moves": [list(move) for move in adapter.moves],
+            }
             metadata = {"format": "pt", _OURS: json.dumps(extra, sort_keys=True)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         alphas = {name: entry.alpha for name, entry in factors.items() if name in layout.low_rank}
@@ -167,6 +174,8 @@ class _Reader:
             name = key.removeprefix(PREFIX)
             if name == key:
                 self._complain(key, f"unexpected key: PEFT's keys start with {PREFIX!r}")
+            elif (plain := _WRAPPED.sub("", key)) != key and plain in self.tensors:
+                continue
             elif match := _FACTOR.fullmatch(name):
                 pairs.setdefault(match["module"], {})[match["side"]] = tensor
             elif (parameter := self._kept_whole(name)) is not None:

@@ -56,7 +56,8 @@ class Layout:
         ranks = {name.removesuffix(".weight"): rank for name, rank in self.low_rank.items()}
         scales = {name.removesuffix(".weight"): alphas[name] for name in self.low_rank}
         if self.placeholder:
-            ranks = scales = {self.placeholder.removesuffix(".weight"): 1}
+            module = self.placeholder.removesuffix(".weight")
+            ranks, scales = {module: 1}, {module: 1.0}
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(scales.values()).most_common(1)[0][0]
         config: dict[str, Any] = {
@@ -190,7 +191,7 @@ def _any_linear(adapter: Adapter, inside: list[str]) -> str | None:
 
 def _short_names(targets: Iterable[str], others: set[str]) -> list[str]:
     """Last components where they mean the targets and nothing else, else full names."""
-    short = {}
+    short: dict[str, list[str]] = {}
     for module in targets:
         short.setdefault(module.rpartition(".")[2], []).append(module)
     found: list[str] = []

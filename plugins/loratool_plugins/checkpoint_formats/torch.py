@@ -149,7 +149,10 @@ def _unreadable(file: Path, error: Exception) -> str:
     short = " ".join(text.split())[:160] or type(error).__name__
     if isinstance(error, (OSError, EOFError)):
         short = "it ends too early"
-    return f"{file}: is not a readable torch file ({short}); download it again"
+    return (
+        f"{file}: is not a readable torch file ({short}); download it again, or get it as "
+        "safetensors"
+    )
 
 
 def _lazy(name: str, value: torch.Tensor, file: Path) -> LazyTensor:

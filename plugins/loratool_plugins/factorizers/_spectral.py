@@ -1,7 +1,7 @@
 """What the factorizers share: a delta made ready, orthonormal rows, and the way back to factors.
 
-Everything here works on *rows*: a block of k vectors is a tensor (k, length), because torch multiplies
-such blocks by a large row-major matrix fastest, whether it lies as it is or transposed.
+Everything here works on *rows*: a block of k vectors is a tensor (k, length), because such blocks
+are multiplied by a large row-major matrix fastest, whether it lies as it is or transposed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _NEGLIGIBLE = 1e-6
 _SHARE_RESOLUTION = 1e-6
 # Norms in this range need no rescaling: neither squares nor products of blocks leave fp32.
 _SAFE_NORM = (2.0**-30, 2.0**30)
+# Columns a tile for products that are made twice, and elements a tile for fp64 copies.
+_TILE_COLUMNS, _TILE_ELEMENTS = 1024, 2**20
+# What fp64 rounding may do to an energy, as a share of the total.
+_FP64_SLACK = 1e-12
 # A row that projection shrinks below this share of its length was inside the subspace.
 _INSIDE = 1e-4
 # Inner products below this are as good as 0 for a basis that is only searched.
@@ -36,8 +40,8 @@ _DEPENDENT = 1e-8
 class Target:
     """The matrix to factorize: delta = 2^exponent * unit, where 1 <= ||unit||_F < 2.
 
-    The unit matrix U is never formed: it is `gain * matrix`, and the powers of two go into the small
-    blocks that are multiplied. So results scale exactly with the delta.
+    The unit matrix U is never formed: it is `gain * matrix`, and the powers of two go into the
+    small blocks that are multiplied. So results scale with the delta, bit by bit.
 
     Attributes:
         matrix: (rows, columns), fp32, a view of the delta or of its transpose.
@@ -63,9 +67,7 @@ class Target:
 
     def flipped(self) -> Target:
         """The same target seen from its other side, without the rounded copy."""
-        return replace(
-            self, matrix=self.matrix.t(), rounded=None, transposed=not self.transposed
-        )
+        return replace(self, matrix=self.matrix.t(), rounded=None, transposed=not self.transposed)
 
     def image(self, left: torch.Tensor) -> torch.Tensor:
         """`left` (k, rows) times U, in fp32: (k, columns)."""
@@ -76,7 +78,7 @@ class Target:
         import torch
 
         tiles = self._quick_tiles()
-        parts = right.to(tiles[0].dtype).split(tiles[0].shape[1], dim=1)
+        parts = torch.split(right.to(tiles[0].dtype), tiles[0].shape[1], dim=1)
         back = torch.zeros(len(right), self.shape[0])
         for part, tile in zip(parts, tiles, strict=True):
             back += part @ tile.t()
@@ -104,18 +106,18 @@ class Target:
 
         Such a tile is still in the cache for its second product.
         """
+        import torch
+
         matrix = self.matrix if self.rounded is None else self.rounded
-        return matrix.split(_TILE_COLUMNS, dim=1) if self.transposed else (matrix,)
+        return torch.split(matrix, _TILE_COLUMNS, dim=1) if self.transposed else (matrix,)
 
     def tiles(self) -> Iterator[torch.Tensor]:
         """U in fp64, a few columns at a time: (rows, some)."""
+        import torch
+
         width = max(1, _TILE_ELEMENTS // self.shape[0])
-        for tile in self.matrix.split(width, dim=1):
+        for tile in torch.split(self.matrix, width, dim=1):
             yield tile.double().mul_(self.gain)
-
-
-_TILE_ELEMENTS = 2**20
-_TILE_COLUMNS = 1024
 
 
 def prepare(delta: torch.Tensor) -> Target:
@@ -277,12 +279,7 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     rank = needed_rank(energies, limit, wanted_energy(policy.energy, target.total)) or limit
     left = vectors[:, -rank:].t()
     right = torch.cat([left @ tile for tile in target.tiles()], dim=1)
-    return composed(
-        target, left, right, policy, missed=0.0, slack=_FP64_SLACK, method="gram", steps=steps
-    )
-
-
-_FP64_SLACK = 1e-12
+    return composed(target, left, right, policy, method="gram", steps=steps, slack=_FP64_SLACK)
 
 
 def composed(
@@ -291,27 +288,27 @@ def composed(
     right: torch.Tensor,
     policy: RankPolicy,
     *,
-    missed: float,
-    slack: float,
     method: str,
     steps: int,
+    slack: float,
+    missed: float = 0.0,
 ) -> Factorization:
     """Balanced fp32 factors of the delta from U ~ left^T right, cut to the policy's rank.
 
     Args:
         target: what was factorized.
         left: (k, rows), fp64, orthonormal.
-        right: (k, columns), `left` times the unit matrix.
+        right: (k, columns), fp64, `left` times U.
         policy: how many singular values to keep.
-        missed: bound of the energy outside the subspace that was searched, for the certificate:
-            ||D_r||^2 <= captured + ||D - Q Q^T D||^2 (Ky Fan), in units of target.total.
-        slack: by what share of the total rounding may have falsified these energies.
         method: numeric path.
         steps: block steps taken.
+        slack: share of the total by which rounding may have falsified energies.
+        missed: energy outside the subspace Q that was searched, in units of target.total. No
+            matrix of rank r captures more than the best r directions in Q do and all that is
+            outside: ||U_r||_F^2 <= captured + ||U - Q Q^T U||_F^2 (Ky Fan).
     """
     import torch
 
-    right = right.double()
     values, vectors = torch.linalg.eigh(right @ right.t())
     energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
     usable = max(1, int((energies > _NEGLIGIBLE**2 * energies[0]).sum()))
@@ -321,24 +318,21 @@ def composed(
     energies, vectors = energies[:rank], vectors[:, :rank]
     captured = float(energies.sum())
     bound = min(target.total, captured + missed) + slack * target.total
+
     root = energies.sqrt()
     sigma = root * 2.0**target.exponent
     left = (vectors.t() @ left) * sigma.sqrt()[:, None]
     right = (vectors.t() @ right) * (sigma.sqrt() / root)[:, None]
     out, into = (right, left) if target.transposed else (left, right)
-
-    def in_units_of_the_delta(energy: float) -> float:
-        return math.ldexp(energy, 2 * target.exponent)
-
     return Factorization(
         a=into.float().contiguous(),
         b=out.t().float().contiguous(),
         sigma=sigma,
         certificate=Certificate(
             rank=rank,
-            total=in_units_of_the_delta(target.total),
-            captured=in_units_of_the_delta(captured),
-            optimum_bound=in_units_of_the_delta(bound),
+            total=math.ldexp(target.total, 2 * target.exponent),
+            captured=math.ldexp(captured, 2 * target.exponent),
+            optimum_bound=math.ldexp(bound, 2 * target.exponent),
             method=method,
             steps=steps,
         ),

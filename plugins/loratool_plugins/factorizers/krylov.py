@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from loratool.linalg import Factorization, RankPolicy, Workspace
-
 from loratool_plugins.factorizers import _spectral as spectral
 
 if TYPE_CHECKING:
@@ -26,7 +25,8 @@ _LEAST_BLOCKS = 4
 # 6 * 2^-8 of the total; as roundings are mostly independent it is off by about 1e-5, and a share of
 # the energy is sought with 1e-4 to spare.
 _BF16_SLACK, _BF16_MARGIN = 2.0**-5, 1e-4
-_FP32_SLACK = 1e-6
+# fp32 sums are off by 1e-7, or 1e-5 where all terms are equal and rounded the same way.
+_FP32_SLACK = 1e-5
 # Where less than this is lost the delta is nearly of low rank, and bf16 directions would show.
 _NEARLY_LOW_RANK = 1e-2
 # The first blocks are all judged, later ones when the basis has grown by this factor: each
@@ -105,8 +105,7 @@ def _cpu_multiplies_bf16() -> bool:
     import torch
 
     flags = torch.cpu.get_capabilities()
-    native = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))
-    return native and torch.backends.mkldnn.is_available()
+    return any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def _bf16_copy(target: spectral.Target) -> torch.Tensor:
@@ -237,8 +236,8 @@ class Subspace:
         if now.rank is None or now.rank == self.size:
             return False
         captured = now.captured(now.rank)
-        before = [judgement.captured(now.rank) for judgement in self._judgements[-3:-1]]
-        if expected_gain([0.0, *before, captured][-3:]) > self._tolerance / 2 * captured:
+        history = [0.0, 0.0, *(past.captured(now.rank) for past in self._judgements)]
+        if expected_gain(*history[-3:]) > self._tolerance / 2 * captured:
             return False
         ends = now.vectors[-len(outside) :, : now.rank]
         residual = float((ends * (outside @ ends)).sum())
@@ -255,14 +254,13 @@ class Subspace:
         left, _ = spectral.whitened(best.double())
         right = self._target.image(left.float()).double()
         captured = float(right.square().sum())
-        total = self._target.total
-        wanted = spectral.wanted_energy(self._policy.energy, total)
-        capped = now.rank == self._policy.limit(self._target.shape)
+        target = self._target
+        wanted = spectral.wanted_energy(self._policy.energy, target.total)
+        capped = now.rank == self._policy.limit(target.shape)
         if wanted is not None and captured < wanted and not capped:
             return None
-        fast = self._target.rounded is not None
-        target = self._target
-        if fast and total - captured < _NEARLY_LOW_RANK * total:
+        fast = target.rounded is not None
+        if fast and target.total - captured < _NEARLY_LOW_RANK * target.total:
             # Half a step of subspace iteration in fp32 takes the rounding out of the directions.
             target, left = target.flipped(), spectral.whitened(spectral.whitened(right)[0])[0]
             right = target.image(left.float()).double()
@@ -271,29 +269,28 @@ class Subspace:
             left,
             right,
             self._policy,
-            missed=now.missed + (_BF16_SLACK * total if fast else 0.0),
-            slack=_FP32_SLACK,
             method="krylov-bf16" if fast else "krylov-fp32",
             steps=self.steps,
+            slack=_FP32_SLACK,
+            missed=now.missed + (_BF16_SLACK * target.total if fast else 0.0),
         )
 
 
-def expected_gain(captured: list[float]) -> float:
-    """Energy that further steps will add if gains go on shrinking as they did.
+def expected_gain(oldest: float, before: float, now: float) -> float:
+    """Energy that further steps will add if the gains go on shrinking as they did.
 
     Args:
-        captured: energy captured at three successive judgements, oldest first (or at two, the
-            first of them 0: nothing captured before the first).
+        oldest: energy captured two judgements ago.
+        before: one judgement ago.
+        now: at the last judgement.
 
     Returns:
         The sum of the geometric series of gains, its ratio held to [0.25, 0.95].
     """
-    gains = [after - before for before, after in zip(captured, captured[1:], strict=False)]
-    if len(gains) < 2:
-        return captured[-1]
-    ratio = gains[1] / gains[0] if gains[0] > 0 else _RATIOS[0]
-    ratio = min(max(ratio, _RATIOS[0]), _RATIOS[1])
-    return max(gains[1], 0.0) * ratio / (1 - ratio)
+    smallest, largest = _RATIOS
+    ratio = (now - before) / (before - oldest) if before > oldest else largest
+    ratio = min(max(ratio, smallest), largest)
+    return max(now - before, 0.0) * ratio / (1 - ratio)
 
 
 def residual_bound(energies: torch.Tensor, rank: int, residual: float) -> float:
