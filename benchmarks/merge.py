@@ -52,7 +52,9 @@ def alternate(
 
 
 def merge(loratool: str, base: Path, adapter: Path, out: Path) -> Measurement:
-    return checked(measure([loratool, "merge", "--quiet", base, adapter, "-o", out], out.with_suffix(".log")))
+    return checked(
+        measure([loratool, "merge", "--quiet", base, adapter, "-o", out], out.with_suffix(".log"))
+    )
 
 
 def small_merge(arguments: argparse.Namespace, work: Path) -> Measurement:

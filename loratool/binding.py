@@ -92,8 +92,8 @@ def _fit(
 ) -> tuple[BoundUpdate, list[Problem]]:
     tensor = base[target]
     if update.kind == "replacement":
-        same_rows = len(tensor.shape) == len(update.shape) and tensor.shape[1:] == update.shape[1:]
-        severity: Literal["error", "warning"] = "warning" if same_rows else "error"
+        resizable = _may_be_resized(update, target, base)
+        severity: Literal["error", "warning"] = "warning" if resizable else "error"
         problems = []
         if tensor.shape != update.shape:
             message = "the adapter replaces it by a tensor of another shape"
@@ -117,6 +117,17 @@ def _fit(
         message = f"is tied to {skeleton.tied[target]} in the base: merging would change both"
         problems.append(Problem("error", update.name, message))
     return BoundUpdate(update, target, transposed), problems
+
+
+def _may_be_resized(update: LazyUpdate, target: str, base: Checkpoint) -> bool:
+    """Embeddings and heads may have other numbers of rows, and heads' biases."""
+    here, there = update.shape, base[target].shape
+    if len(here) != len(there) or here[1:] != there[1:]:
+        return False
+    module, _, leaf = target.rpartition(".")
+    weight = base.get(f"{module}.weight")
+    is_norm = weight is not None and len(weight.shape) == 1
+    return len(here) > 1 or (leaf == "bias" and not is_norm)
 
 
 def _is_transposed(

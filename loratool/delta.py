@@ -120,7 +120,9 @@ class DeltaReader:
         for start in range(0, before.shape[0], step):
             tile = delta[start : start + step]
             tile.copy_(after[start : start + step])
-            tile.sub_(before[start : start + step])
+            subtrahend = before[start : start + step]
+            # torch promotes all floats but those of 8 bits.
+            tile.sub_(subtrahend.float() if subtrahend.itemsize == 1 else subtrahend)
         return delta
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
 from loratool.errors import InputError
 from loratool.linalg import Certificate
-from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.reports import Report, Table, counted, format_bytes, format_share
 
 
 @dataclass
@@ -103,7 +103,8 @@ class Outcome:
     def report(self, target: Path, size: int, data: dict[str, Any]) -> Report:
         """The outcome for people."""
         lines = [
-            f"{len(self.low_rank)} low-rank updates, {len(self.replaced)} tensors kept whole, "
+            f"{counted(len(self.low_rank), 'low-rank update')}, "
+            f"{counted(len(self.replaced), 'tensor')} kept whole, "
             f"{self.unchanged} unchanged",
             f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
         ]

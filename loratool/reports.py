@@ -53,6 +53,11 @@ def format_share(share: float) -> str:
     return f"{percent:.2f}%"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 tensor", "2 tensors"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def to_json(data: Any, indent: int) -> str:
     """Plain data as JSON with sorted keys; null for NaN and Inf, which JSON cannot say."""
     return json.dumps(_finite(data), indent=indent, sort_keys=True, allow_nan=False)

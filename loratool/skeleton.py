@@ -39,6 +39,13 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
+# Modules that PEFT keeps whole for a task: all whose name ends so.
+TASK_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -60,6 +67,13 @@ class Skeleton:
 def task_type(architecture: str) -> str | None:
     """PEFT's task type for a model class, or None where PEFT has none."""
     return next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+
+
+def is_in_task_head(name: str, task: str | None) -> bool:
+    """Whether PEFT keeps the module of this parameter whole because of the task alone."""
+    parts = name.split(".")
+    modules = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(module.endswith(TASK_HEADS.get(task or "", ())) for module in modules)
 
 
 def architecture_of(config: Mapping[str, Any] | None) -> str:

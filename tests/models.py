@@ -230,6 +230,9 @@ RECIPES: Mapping[str, Recipe] = {
     "phi3": Recipe("phi3", "Phi3ForCausalLM", "Phi3ForCausalLM"),
     "gpt2": Recipe("gpt2", "GPT2LMHeadModel", "GPT2LMHeadModel"),
     "gpt2-classifier": Recipe("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "gpt2-untied": Recipe(
+        "gpt2", "GPT2LMHeadModel", "GPT2LMHeadModel", {"tie_word_embeddings": False}
+    ),
     "gpt2-bare": Recipe("gpt2", "GPT2Model", "GPT2Model"),
     "opt": Recipe("opt", "OPTForCausalLM", "OPTForCausalLM"),
     "electra-classifier": Recipe(

@@ -94,7 +94,7 @@ def test_several_ways_are_an_error_that_lists_what_decides() -> None:
 
 def test_several_ways_the_other_way_round() -> None:
     there, here = several_ways()
-    with pytest.raises(MismatchError, match="--map encoder.="):
+    with pytest.raises(MismatchError, match=r"--map encoder\.="):
         align(here, there)
     found = align(here, there, parse_moves(["encoder.="]))
     assert found.pairs["encoder.layers.0.weight"] == "layers.0.weight"
@@ -151,7 +151,7 @@ def test_a_move_that_leads_nowhere_is_an_error() -> None:
 
 
 def test_two_moves_to_one_place_are_an_error() -> None:
-    with pytest.raises(MismatchError, match="--map: x.a and y.a both become z.a"):
+    with pytest.raises(MismatchError, match=r"--map: x\.a and y\.a both become z\.a"):
         align({"x.a": (1,), "y.a": (1,)}, {"z.a": (1,)}, [("x.", "z."), ("y.", "z.")])
 
 

@@ -32,7 +32,9 @@ def test_every_step_has_a_function_and_help_for_every_option() -> None:
         assert callable(getattr(loratool, name))
         assert dataclasses.is_dataclass(step) and step.__dataclass_params__.frozen
         hints = typing.get_type_hints(step)
-        assert all(field.metadata["help"] and hints[field.name] for field in dataclasses.fields(step))
+        assert all(
+            field.metadata["help"] and hints[field.name] for field in dataclasses.fields(step)
+        )
 
 
 def test_importing_loratool_and_its_steps_imports_nothing_heavy() -> None:

@@ -171,6 +171,12 @@ def test_a_replacement_may_have_other_rows_only() -> None:
     assert bound([whole(table, 50, 8)], checkpoint(BERT)).problems == ()
 
 
+def test_norms_have_one_size_and_biases_of_heads_any() -> None:
+    base = checkpoint({"norm.weight": (8,), "norm.bias": (8,), "cls.predictions.bias": (50,)})
+    updates = [whole("norm.weight", 9), whole("norm.bias", 9), whole("cls.predictions.bias", 60)]
+    assert [p.severity for p in bound(updates, base).problems] == ["error", "error", "warning"]
+
+
 def test_what_the_base_lacks_is_added() -> None:
     base = checkpoint(BERT)
     warned = bound([whole("classifier.weight", 3, 8)], base)

@@ -27,9 +27,10 @@ DTYPES = (
 )  # fmt: skip
 
 
-def samples() -> Tensors:
-    """Every type, and the shapes that are easily got wrong."""
-    tensors = {str(dtype).removeprefix("torch."): sample(dtype) for dtype in DTYPES}
+def samples(layout: str = "") -> Tensors:
+    """Every type that a layout knows, and the shapes that are easily got wrong."""
+    known = [dtype for dtype in DTYPES if layout != "legacy" or "float8" not in str(dtype)]
+    tensors = {str(dtype).removeprefix("torch."): sample(dtype) for dtype in known}
     tensors["scalar"] = torch.tensor(2.5)
     tensors["empty"] = torch.empty(0, 3)
     tensors["nothing"] = torch.empty(0, dtype=torch.int64)
@@ -102,9 +103,9 @@ LAYOUTS: dict[str, Callable[[Path, Tensors], Path]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_keeps_names_types_shapes_and_bytes(layout: str, tmp_path: Path) -> None:
-    path = LAYOUTS[layout](tmp_path / "model", samples())
+    path = LAYOUTS[layout](tmp_path / "model", samples(layout))
     found = open_checkpoint(path)
-    same(found, samples())
+    same(found, samples(layout))
     assert found.config == CONFIG
     assert found.path == path
     assert set(found.shards) == set(found)
@@ -114,10 +115,10 @@ def test_every_layout_keeps_names_types_shapes_and_bytes(layout: str, tmp_path: 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "pt", "pth", "legacy"])
 def test_a_single_file_is_a_checkpoint_without_config(layout: str, tmp_path: Path) -> None:
-    folder = LAYOUTS[layout](tmp_path / "model", samples())
+    folder = LAYOUTS[layout](tmp_path / "model", samples(layout))
     (file,) = (path for path in folder.iterdir() if path.name != "config.json")
     found = open_checkpoint(str(file))
-    same(found, samples())
+    same(found, samples(layout))
     assert found.config is None
     assert not found.side_files
 
@@ -318,5 +319,5 @@ def test_names_in_an_index_that_no_file_can_have_are_refused(tmp_path: Path) -> 
     path = save_model(tmp_path / "model", {"a": torch.ones(1)})
     for name in ("x" * 5000, "a\0b"):
         write_index(path, {"a": name})
-        with pytest.raises(FormatError, match="missing, but model.safetensors.index.json names it"):
+        with pytest.raises(FormatError, match="missing, but model"):
             open_checkpoint(path)

@@ -109,14 +109,12 @@ class ProgressBar:
             Progress,
             TextColumn,
             TimeRemainingColumn,
-            TransferSpeedColumn,
         )
 
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[tensor]}", style="dim"),
             console=Console(stderr=True),

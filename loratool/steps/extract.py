@@ -17,7 +17,15 @@ from loratool.errors import InputError, MismatchError
 from loratool.families import is_buffer
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
-from loratool.skeleton import Skeleton, architecture_of, build_skeleton, complete_config, task_type
+from loratool.skeleton import (
+    TASK_HEADS,
+    Skeleton,
+    architecture_of,
+    build_skeleton,
+    complete_config,
+    is_in_task_head,
+    task_type,
+)
 
 if TYPE_CHECKING:
     from loratool.delta import DeltaReader
@@ -83,14 +91,12 @@ class Extract:
         updates = low_rank if self.lora_only else _in_order(finetuned, {**low_rank, **whole})
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
-        task = task_type(architecture_of(plan.config))
-        headless = self.lora_only and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
         return Adapter(
             updates,
             model_files={} if self.lora_only else _model_files(plan),
             model_config=None if self.lora_only else plan.config,
             dropped=() if self.lora_only else plan.dropped,
-            task_type=None if headless else task,
+            task_type=plan.task,
             base_name=self._base_name(base),
             context={name: finetuned[name] for name in finetuned if name not in plan.buffers},
             kinds=plan.skeleton.kinds,
@@ -118,6 +124,7 @@ class _Plan:
     alignment: Alignment
     config: Mapping[str, Any] | None
     skeleton: Skeleton
+    task: str | None
     dropped: tuple[str, ...]
     buffers: tuple[str, ...]
     selected: tuple[str, ...]
@@ -133,7 +140,14 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     _check_related(alignment, finetuned, base, skeleton)
     buffers = tuple(name for name, shape in shapes.items() if is_buffer(name, shape))
     parameters = [name for name in finetuned if name not in buffers]
-    selected = tuple(name for name in parameters if _is_selected(step, name))
+    task = task_type(architecture_of(config))
+    if step.lora_only and task in TASK_HEADS:
+        task = None  # PEFT would ask for the head
+    selected = tuple(
+        name
+        for name in parameters
+        if is_in_task_head(name, task) or _is_selected(step, name, name not in alignment.pairs)
+    )
     paired = set(alignment.pairs.values())
     dropped = tuple(
         name
@@ -145,8 +159,8 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
         notes.append(
-            f"{len(buffers)} buffers of the fine-tune are left out ({buffers[0]}, ...): they are no "
-            "parameters, and the model computes them"
+            f"{len(buffers)} buffers of the fine-tune are left out ({buffers[0]}, ...): the model "
+            "computes them by itself"
         )
     if excluded := len(parameters) - len(selected):
         notes.append(f"{excluded} tensors were not looked at (--target, --exclude)")
@@ -156,8 +170,9 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
             "these get their full rank"
         )
     return _Plan(
-        base, finetuned, alignment, config, skeleton, dropped, buffers, selected, tuple(notes)
-    )
+        base, finetuned, alignment, config, skeleton, task, dropped, buffers, selected,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def _smaller_than(
@@ -167,12 +182,14 @@ def _smaller_than(
     return [name for name in linear if min(shapes[name]) < rank]
 
 
-def _is_selected(step: Extract, name: str) -> bool:
+def _is_selected(step: Extract, name: str, is_new: bool) -> bool:
+    """Whether the globs select a tensor; one that the base lacks can only be excluded."""
+
     def matches(globs: tuple[str, ...]) -> bool:
         module = name.rpartition(".")[0]
         return any(fnmatchcase(name, glob) or fnmatchcase(module, glob) for glob in globs)
 
-    return (not step.target or matches(step.target)) and not matches(step.exclude)
+    return (is_new or not step.target or matches(step.target)) and not matches(step.exclude)
 
 
 def _check_related(
@@ -226,6 +243,8 @@ def _updates(
         if twin in plan.finetuned:
             continue  # the same values again
         factored = kind in ("linear", "conv1d") and is_float(tensor.dtype)
+        if is_in_task_head(name, plan.task):
+            factored = False
         if factored and before is not None and before.shape == tensor.shape:
             transposed = kind == "conv1d"
             shape = (tensor.shape[1], tensor.shape[0]) if transposed else tensor.shape

@@ -13,7 +13,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError, UsageError, raise_problems
 from loratool.plugins import Operand, option
-from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.reports import Report, Table, counted, format_bytes, format_share
 from loratool.shards import parse_size, plan_shards, safetensors_name
 from loratool.skeleton import complete_config
 
@@ -44,7 +44,7 @@ class MergedCheckpoint(Checkpoint):
         kept = sum(s.kept for s in self.survival.values())
         share = kept / wanted if wanted > 0 else None
         lines = [
-            ", ".join(f"{count} tensors {what}" for what, count in self.counts.items() if count)
+            ", ".join(f"{counted(n, 'tensor')} {what}" for what, n in self.counts.items() if n)
             or "nothing to add: the base's bytes",
             f"size: {format_bytes(self.nbytes)}",
         ]

@@ -11,7 +11,7 @@ from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Problem
 from loratool.plugins import Operand, option
-from loratool.reports import Report, Table
+from loratool.reports import Report, Table, counted
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def _report(
         "problems": [problem.as_json() for problem in problems],
     }
     lines = [
-        f"{counts['low_rank']} low-rank updates, {counts['replaced']} tensors replaced, "
+        f"{counted(low_rank, 'low-rank update')}, "
+        f"{counted(counts['replaced'], 'tensor')} replaced, "
         f"{counts['added']} added",
-        f"{len(errors)} errors, {warnings} warnings",
+        f"{counted(len(errors), 'error')}, {counted(warnings, 'warning')}",
     ]
     rows = tuple((p.severity, p.tensor, p.message, p.expected, p.found) for p in problems)
     table = Table(("severity", "tensor", "problem", "expected", "found"), rows) if rows else None

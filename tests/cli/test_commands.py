@@ -128,6 +128,13 @@ def test_json_of_every_verb_is_alone_on_standard_output(
     assert report.err == ""
 
 
+def test_json_of_an_export(base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = done(loratool("export", base, adapter, "-o", tmp_path / "onnx", "--json"))
+    assert report.data["verification"]
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    assert names(tmp_path) == ["onnx"]
+
+
 def test_json_of_an_unfit_adapter_lists_its_problems(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def test_no_local_path_in_what_is_shared(adapter_of: Callable[..., Path], tmp_pa
             assert top not in path.read_bytes(), path.name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_the_card_loads_the_model(
     pair_of: Callable[[str], Pair], adapter_of: Callable[..., Path]
 ) -> None:

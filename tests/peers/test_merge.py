@@ -61,6 +61,7 @@ def test_at_full_rank_the_merged_model_is_the_fine_tune(
     assert names == load_file(pair.tuned / "model.safetensors").keys()
 
 
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 @pytest.mark.parametrize("name", RECIPES)
 def test_at_a_lower_rank_it_is_what_peft_merges(
     name: str,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import loratool
-from tests.models import RECIPES, Pair, Recipe, Selection, distance, make_pair, outputs
+from loratool.errors import MismatchError
+from tests.models import RECIPES, Pair, Recipe, Selection, distance, load, make_pair, outputs
 from tests.peers.peft_side import (
     PREFIX,
     factored_modules,
@@ -75,6 +77,7 @@ class Extracted:
 
     @property
     def keys(self) -> set[str]:
+        """The file's keys without PEFT's prefix."""
         found = load_file(self.adapter / "adapter_model.safetensors")
         return {key.removeprefix(PREFIX) for key in found}
 
@@ -159,3 +162,67 @@ def test_globs_leave_the_rest_as_in_the_base(
     model = load_strictly(on_base(found.pair, found.adapter), found.adapter)
     layers = {next(part for part in m.split(".") if part.isdigit()) for m in lora_modules(model)}
     assert layers == {"1"}
+    lazy = loratool.extract(
+        found.pair.base, found.pair.tuned, rank=64, target=["*.1.*"], exclude=["*norm*", "*ln_*"]
+    )
+    for folder, adapter in (("lazy", lazy), ("saved", found.adapter)):
+        loratool.merge(found.pair.base, [(adapter, 1.0)]).save(tmp_path / folder)
+    files = [tmp_path / folder / "model.safetensors" for folder in ("lazy", "saved")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    merged = load(found.pair.recipe.tuned, tmp_path / "saved")
+    assert distance(outputs(model), outputs(merged)) < 1e-5
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_changed_head_is_kept_whole_and_reported_so(name: str, tmp_path: Path) -> None:
+    pair = make_pair(HEADS[name], tmp_path)
+    lazy = loratool.extract(pair.base, pair.tuned, rank=2)
+    data = lazy.save(tmp_path / "adapter").data
+    keys = Extracted(pair, tmp_path / "adapter").keys
+    for tensor, said in data["tensors"].items():
+        factor = f"{tensor.removesuffix('.weight')}.lora_A.weight"
+        assert (factor in keys) is (said["kind"] == "low_rank"), tensor
+    for folder, adapter in (("lazy", lazy), ("saved", tmp_path / "adapter")):
+        loratool.merge(pair.base, [(adapter, 1.0)]).save(tmp_path / folder)
+    files = [tmp_path / folder / "model.safetensors" for folder in ("lazy", "saved")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    model = load_strictly(on_base(pair, tmp_path / "adapter"), tmp_path / "adapter")
+    merged = load(pair.recipe.tuned, tmp_path / "saved")
+    assert distance(outputs(model), outputs(merged)) < 1e-5
+
+
+def test_names_paired_by_hand_are_remembered(tmp_path: Path) -> None:
+    """Llama's question answering class calls its model `transformer`."""
+    recipe = Recipe("llama", "LlamaForCausalLM", "LlamaForQuestionAnswering")
+    pair = make_pair(recipe, tmp_path)
+    with pytest.raises(MismatchError, match="--map"):
+        loratool.extract(pair.base, pair.tuned)
+    lazy = loratool.extract(pair.base, pair.tuned, rank=64, map=["transformer.=model."])
+    lazy.save(tmp_path / "adapter")
+    for i, adapter in enumerate((lazy, tmp_path / "adapter")):
+        loratool.merge(pair.base, [(adapter, 1.0)]).save(tmp_path / str(i))
+        merged = load(recipe.tuned, tmp_path / str(i))
+        assert distance(outputs(merged), outputs(pair.load_tuned())) < 1e-5
+    names = load_file(tmp_path / "1" / "model.safetensors").keys()
+    assert names == load_file(pair.tuned / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("owner", ["base", "tuned", "both"])
+@pytest.mark.parametrize("name", ["bert-mlm", "gpt2"])
+def test_buffers_of_old_checkpoints_are_no_updates(name: str, owner: str, tmp_path: Path) -> None:
+    pair = make_pair(RECIPES[name], tmp_path)
+    buffers = {
+        "bert.embeddings.position_ids": torch.arange(24).view(1, -1),
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    mine = {k: v for k, v in buffers.items() if k.startswith("bert" if "bert" in name else "t")}
+    for folder in (pair.base, pair.tuned):
+        if owner in (folder.name, "both"):
+            path = folder / "model.safetensors"
+            scale = 1 if folder == pair.base else 2
+            old = {key: scale * value for key, value in mine.items()}
+            save_file({**load_file(path), **old}, path, {"format": "pt"})
+    found = extracted(tmp_path, pair)
+    assert not any(key in mine for key in found.keys)
+    check_reproduced(found, tmp_path)

@@ -190,6 +190,7 @@ def test_everything_is_listed_at_once(adapter: Path, base: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("config", [IA3Config, LoHaConfig])
 def test_other_kinds_of_adapters_are_refused_by_name(
     config: Callable[..., Any], base: Path, tmp_path: Path
@@ -229,5 +230,5 @@ def test_settings_that_cannot_be_are_refused(
 
 def test_missing_weights_are_named(adapter: Path, base: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match="adapter_model.safetensors: missing"):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: missing"):
         loratool.validate(adapter, base)

@@ -21,14 +21,9 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.errors import InputError
+from loratool.skeleton import TASK_HEADS
 
 PREFIX = "base_model.model."
-
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Layout:
         return config
 
     def _other_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> set[str]:
-        modules = {name.rpartition(".")[0] for name in adapter.context}
+        modules = {name.rpartition(".")[0] for name in _in_memory(adapter)}
         return {
             parent for module in modules for parent in _with_parents(module) if parent not in ranks
         }
@@ -109,7 +104,7 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
     if "" in saved:
         bare = next(name for name in sorted(replaced - in_place) if "." not in name)
         raise InputError(f"{bare}: PEFT cannot keep a parameter of the model itself; --exclude it")
-    saved = _as_peft_matches(saved, sources, _HEADS.get(adapter.task_type or "", ()))
+    saved = _as_peft_matches(saved, sources, TASK_HEADS.get(adapter.task_type or "", ()))
     inside = [name for name in sources if _is_inside(name.rpartition(".")[0], saved)]
     low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
     placeholder = None if low_rank else _any_linear(adapter, inside)

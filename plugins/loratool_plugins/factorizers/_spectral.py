@@ -79,7 +79,7 @@ class Target:
 
         tiles = self._quick_tiles()
         parts = torch.split(right.to(tiles[0].dtype), tiles[0].shape[1], dim=1)
-        back = torch.zeros(len(right), self.shape[0])
+        back = torch.zeros(len(right), self.shape[0], dtype=torch.float32)
         for part, tile in zip(parts, tiles, strict=True):
             back += part @ tile.t()
         return back.mul_(self.gain)
@@ -93,7 +93,7 @@ class Target:
 
         tiles = self._quick_tiles()
         left = left.to(tiles[0].dtype)
-        back = torch.zeros(left.shape)
+        back = torch.zeros(left.shape, dtype=torch.float32)
         images = []
         for tile in tiles:
             image = left @ tile
@@ -166,7 +166,7 @@ def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Te
     """`count` Gaussian rows (count, length) in fp32, each about 1 long."""
     import torch
 
-    rows = torch.empty(count, length)
+    rows = torch.empty(count, length, dtype=torch.float32)
     return rows.normal_(std=length**-0.5, generator=generator)
 
 
@@ -199,8 +199,8 @@ def extension(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New orthonormal rows, orthogonal to `basis`, that cover what `block` adds to it.
 
-    Projected and orthonormalised twice ("twice is enough"). Rows that add nothing are replaced by
-    random ones, so a block never runs dry.
+    Projected and orthonormalised twice, the second time only where it changes anything ("twice is
+    enough"). Rows that add nothing are replaced by random ones, so a block never runs dry.
 
     Args:
         block: (k, length), fp32.
@@ -344,8 +344,8 @@ def zero_factorization(shape: tuple[int, int]) -> Factorization:
     import torch
 
     return Factorization(
-        a=torch.zeros(1, shape[1]),
-        b=torch.zeros(shape[0], 1),
+        a=torch.zeros(1, shape[1], dtype=torch.float32),
+        b=torch.zeros(shape[0], 1, dtype=torch.float32),
         sigma=torch.zeros(1, dtype=torch.float64),
         certificate=Certificate(rank=1, total=0.0, captured=0.0, method="zero"),
     )

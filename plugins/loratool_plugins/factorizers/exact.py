@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Exact:
     """Truncated SVD through the fp64 Gram matrix of the delta's shorter side.
 
-    Chosen over torch.linalg.svd in fp64, which is five to ten times slower: squared singular values
+    Chosen over torch.linalg.svd in fp64, which is two to five times slower: squared singular values
     come out with an absolute error of about 1e-16 of the largest, so singular values down to 1e-6
     of the largest are good to four digits, and those below are rounding of an fp32 delta (and not
     kept). Needs shorter^2 * 8 bytes three times over and shorter^2 * (longer + 9 shorter)

@@ -48,8 +48,8 @@ class Krylov:
     is factorized through its Gram matrix instead. That the tolerance is met is measured, not
     proved; what is proved is the certificate's optimum_bound.
 
-    With compute "bf16" the basis is found with bf16 copies of the delta and of the blocks, at a
-    third of the cost; the energies and the factors come from a last product in fp32. Results are
+    With compute "bf16" the basis is found with bf16 copies of the delta and of the blocks, at
+    half the cost; the energies and the factors come from a last product in fp32. Results are
     bit-identical for the same seed, kind of CPU, version of torch and number of intra-op threads:
     loratool always factorizes with one (torch.set_num_threads(1)).
     """
