@@ -34,6 +34,7 @@ class DeltaReader:
         self._policy = policy
         self._seed = seed
         self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
+        self._matrices: set[str] = set()
         self._local = threading.local()
 
     def base_digests(self) -> dict[str, Any]:
@@ -43,6 +44,13 @@ class DeltaReader:
     def tuned_digests(self) -> dict[str, Any]:
         """Digests of the fine-tuned model's tensors that were read."""
         return _digest_facts(self._digests["tuned"])
+
+    def duplicates(self) -> list[list[str]]:
+        """Names of fine-tuned matrices that hold the same values, grouped."""
+        groups: dict[str, list[str]] = {}
+        for name in sorted(self._matrices):
+            groups.setdefault(self._digests["tuned"][name], []).append(name)
+        return [names for names in groups.values() if len(names) > 1]
 
     def factorize(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
@@ -101,6 +109,8 @@ class DeltaReader:
         digest = TensorDigest(tensor.dtype, tensor.shape)
         for block in tensor.blocks():
             digest.update(block)
+        if side == "tuned" and len(tensor.shape) > 1:
+            self._matrices.add(tensor.name)
         found = self._digests[side][tensor.name] = digest.hexdigest()
         return found
 

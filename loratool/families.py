@@ -116,12 +116,12 @@ def _decoder(model_type: str, prefix: str, signature: str, ties: bool = False) -
 FAMILIES = {
     family.model_type: family
     for family in (
-        _roberta("roberta", "Roberta", r"roberta\.encoder\.layer\.0\."),
+        _roberta("roberta", "Roberta", r"roberta\.encoder\.layer\.0\.attention\.self\.query\."),
         _roberta("xlm-roberta", "XLMRoberta", _NEVER),
-        _bert("bert", "Bert", r"(bert\.)?encoder\.layer\.0\."),
+        _bert("bert", "Bert", r"(bert\.)?encoder\.layer\.0\.attention\.self\.query\."),
         Family(
             "distilbert",
-            r"(distilbert\.)?transformer\.layer\.0\.",
+            r"(distilbert\.)?transformer\.layer\.0\.attention\.q_lin\.",
             (
                 ((r"qa_outputs\.",), "DistilBertForQuestionAnswering"),
                 ((r"pre_classifier\.",), "DistilBertForSequenceClassification"),
@@ -147,7 +147,7 @@ FAMILIES = {
         ),
         Family(
             "opt",
-            r"((model\.)?decoder\.)layers\.0\.self_attn\.q_proj\.",
+            _NEVER,  # BART has all these names
             (
                 ((r"qa_outputs\.",), "OPTForQuestionAnswering"),
                 ((r"score\.",), "OPTForSequenceClassification"),

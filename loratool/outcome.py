@@ -116,6 +116,8 @@ class Outcome:
                 f"{len(self.adapter.dropped)} tensors of the base are not in the fine-tuned model "
                 f"({self.adapter.dropped[0]}, ...): merging leaves them out"
             )
+        for names in data.get("duplicates", ()):
+            lines.append(f"the same values: {' = '.join(names)}")
         for name, norm in self.left_out.items():
             lines.append(f"left out: {name} ({_norm(norm)})")
         return Report(f"Extracted {target}", data, tuple(lines), self._table(), self.adapter.notes)

@@ -75,7 +75,7 @@ def test_tensors_without_a_partner_stay_alone(model: Shapes, prefix: str) -> Non
 
 
 def several_ways() -> tuple[Shapes, Shapes]:
-    here = {"layers.0.weight": (4, 4), "layers.1.weight": (4, 4)}
+    here: Shapes = {"layers.0.weight": (4, 4), "layers.1.weight": (4, 4)}
     return here, prefixed(here, "encoder.") | prefixed(here, "decoder.")
 
 

@@ -27,7 +27,7 @@ LLAMA: Mapping[str, Shape] = {
 }
 
 
-def never() -> Any:
+def never() -> None:
     raise AssertionError("binding reads headers only")
 
 
@@ -48,14 +48,16 @@ def checkpoint(
 
 def low_rank(name: str, *shape: int, transposed: bool | None = None) -> LazyUpdate:
     def load() -> Update | None:
-        return never()
+        never()
+        return None
 
     return LazyUpdate(name, "low_rank", shape, "F32", load, rank=2, transposed=transposed)
 
 
 def whole(name: str, *shape: int) -> LazyUpdate:
     def load() -> Update | None:
-        return never()
+        never()
+        return None
 
     return LazyUpdate(name, "replacement", shape, "F32", load)
 

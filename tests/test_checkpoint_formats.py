@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loratool.checkpoint import Checkpoint
@@ -186,6 +188,32 @@ def test_names_that_share_memory_are_aliases(legacy: bool, tmp_path: Path) -> No
     found = open_checkpoint(file)
     same(found, tensors)
     assert found.aliases == {"head": "embed", "again": "embed"}
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80
+)
+@given(
+    legacy=st.booleans(),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    keep=st.floats(0, 1) | st.just(1.0),
+)
+def test_a_damaged_torch_file_is_a_format_error_or_tensors(
+    legacy: bool, edits: list[tuple[float, int]], keep: float, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.bin"
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+    torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
+    damaged = bytearray(file.read_bytes())
+    for place, byte in edits:
+        damaged[int(place * len(damaged))] = byte
+    file.write_bytes(damaged[: int(keep * len(damaged))])
+    try:
+        found = open_checkpoint(file)
+    except FormatError as error:
+        assert str(file) in str(error)
+    else:
+        assert all(tensor.read().shape == tensor.shape for tensor in found.values())
 
 
 def test_safetensors_have_no_aliases(tmp_path: Path) -> None:

@@ -96,3 +96,12 @@ def test_digests_name_what_was_read() -> None:
     one.factorize(lazy("w", base), lazy("w", tuned), False, "F32")
     other.replace(lazy("w", base), lazy("w", tuned))
     assert one.base_digests() == other.base_digests() != one.tuned_digests()
+
+
+def test_matrices_that_hold_the_same_values_are_recognised() -> None:
+    base, tuned = pair(torch.float32)
+    found = reader()
+    for name in ("head", "embedding"):
+        found.replace(lazy(name, base), lazy(name, tuned))
+    found.replace(lazy("other", base), lazy("other", base + 1))
+    assert found.duplicates() == [["embedding", "head"]]

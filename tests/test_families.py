@@ -21,11 +21,12 @@ from loratool.skeleton import _from_transformers, build_skeleton
 from tests.models import tiny_config
 
 # Where names cannot tell: what they are taken for instead.
-TAKEN_FOR_FAMILY: Mapping[str, str] = {
+TAKEN_FOR_FAMILY: Mapping[str, str | None] = {
     "xlm-roberta": "roberta",
     "mistral": "llama",
     "gemma": "llama",
     "gemma2": "llama",
+    "opt": None,
     "RobertaModel": "bert",  # the same modules, without the prefix that tells them apart
     "XLMRobertaModel": "bert",
 }
@@ -90,8 +91,8 @@ def test_names_tell_what_the_modules_are(
 def test_names_tell_the_family(model_type: str, architecture: str) -> None:
     _, shapes = described(model_type, architecture, None)
     found = family_of_names(shapes)
-    wanted = TAKEN_FOR_FAMILY.get(architecture) or TAKEN_FOR_FAMILY.get(model_type, model_type)
-    assert found is not None and found.model_type == wanted
+    wanted = TAKEN_FOR_FAMILY.get(model_type, model_type)
+    assert (found and found.model_type) == TAKEN_FOR_FAMILY.get(architecture, wanted)
 
 
 @pytest.mark.parametrize(("model_type", "architecture"), ALL)
@@ -115,6 +116,21 @@ def test_without_a_config_names_still_tell_the_kinds(model_type: str, architectu
 def test_model_types_name_families_too() -> None:
     assert all(family_of_class(name) is family for name, family in FAMILIES.items())
     assert family_of_class("BertJapaneseTokenizer") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.decoder.layers.0.self_attn.q_proj.weight",  # BART
+        "transformer.layer.0.rel_attn.q",  # XLNet
+        "encoder.layer.0.attention.attention.query.weight",  # ViT
+        "deberta.encoder.layer.0.attention.self.query_proj.weight",
+        "gpt_neox.layers.0.attention.query_key_value.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+    ],
+)
+def test_other_families_are_not_mistaken(name: str) -> None:
+    assert family_of_names([name]) is None
 
 
 def test_strange_names_belong_to_no_family() -> None:

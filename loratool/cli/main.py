@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 
 import click
@@ -44,6 +46,8 @@ def list_plugins() -> None:
 
 def main() -> None:
     """Run the command line; expected errors become one message and exit status 1."""
+    # A run that is terminated cleans up as one that is interrupted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(cli.main(prog_name="loratool", standalone_mode=False))
     except click.ClickException as error:
@@ -56,9 +60,9 @@ def main() -> None:
         print_error(str(error))
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print_error(f"{error.filename}: {error.strerror}")
+        print_error(f"{error.filename or 'standard output'}: {error.strerror}")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted; nothing was written")

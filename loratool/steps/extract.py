@@ -298,6 +298,7 @@ def _facts(step: Extract, policy: RankPolicy, plan: _Plan, reader: DeltaReader) 
             "seed": step.seed,
             "lora_only": step.lora_only,
         },
+        "duplicates": reader.duplicates(),
         "base": {"bytes": plan.base.nbytes, **reader.base_digests()},
         "finetuned": {"bytes": plan.finetuned.nbytes, **reader.tuned_digests()},
     }

@@ -11,7 +11,7 @@ from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Problem
 from loratool.plugins import Operand, option
-from loratool.reports import Report, Table, counted
+from loratool.reports import Report, counted
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,12 @@ def _report(
         "problems": [problem.as_json() for problem in problems],
     }
     lines = [
+        *(f"error: {problem}" for problem in errors),
         f"{counted(low_rank, 'low-rank update')}, "
         f"{counted(counts['replaced'], 'tensor')} replaced, "
         f"{counts['added']} added",
         f"{counted(len(errors), 'error')}, {counted(warnings, 'warning')}",
     ]
-    rows = tuple((p.severity, p.tensor, p.message, p.expected, p.found) for p in problems)
-    table = Table(("severity", "tensor", "problem", "expected", "found"), rows) if rows else None
-    return Report(
-        f"{adapter.label} {verdict} {base.label}", data, tuple(lines), table,
-        tuple(base.notes), ok=not errors,
-    )  # fmt: skip
+    title = f"{adapter.label} {verdict} {base.label}"
+    warned = (f"{problem}" for problem in problems if problem.severity == "warning")
+    return Report(title, data, tuple(lines), notes=(*base.notes, *warned), ok=not errors)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratool import plugins
+from loratool.safetensors_file import build_header
 from tests.cli.tiny import (
     NORM,
     PREFIX,
@@ -61,6 +64,25 @@ def test_validate_imports_no_torch_for_safetensors(base: Path, adapter: Path) ->
     found = modules_after("validate", adapter, "--base", base)
     assert "loratool_plugins" in found
     assert not found & HEAVY
+
+
+def test_validate_reads_headers_only(tmp_path: Path) -> None:
+    """A base of 20 GB that are holes: reading them would take longer than any test may."""
+    name, shape = "model.layers.0.mlp.up_proj", (50_000, 100_000)
+    base, adapter = model_folder(tmp_path / "base"), model_folder(tmp_path / "adapter", None)
+    header = build_header([(f"{name}.weight", "F32", shape)], {"format": "pt"})
+    with (base / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 4 * shape[0] * shape[1])
+    factors = {"A": torch.zeros(1, shape[1]), "B": torch.zeros(shape[0], 1)}
+    save_file(
+        {f"{PREFIX}{name}.lora_{side}.weight": value for side, value in factors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert "1 low-rank update," in done(loratool("validate", adapter, "--base", base)).out
+    assert not modules_after("validate", adapter, "--base", base) & HEAVY
 
 
 def test_help_lists_the_verbs_in_whole_sentences() -> None:
@@ -183,6 +205,33 @@ def test_quiet_prints_only_what_is_wrong(
     result = loratool("validate", adapter, "--base", other, "-q")
     assert result.status == 1
     assert "does not fit" in result.out
+
+
+def test_warnings_are_told_even_when_quiet(adapter: Path, tmp_path: Path, tensors: Tensors) -> None:
+    plain = shutil.copytree(adapter, tmp_path / "plain")
+    shutil.rmtree(plain / "model")
+    bare = {name: value for name, value in tensors.items() if name != NORM}
+    base = save_model(tmp_path / "base", bare)
+    for verb, *given in (
+        ("validate", plain, "--base", base),
+        ("merge", base, plain, "-o", tmp_path / "out"),
+    ):
+        result = done(loratool(verb, *given, "-q"))
+        assert result.out == ""
+        assert result.err.startswith(f"Note: {NORM}: the base has no such tensor: it is added")
+        assert len(result.err.splitlines()) == 1
+
+
+def test_a_full_disk_behind_standard_output_is_told(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(message: str, err: bool = False) -> None:
+        if not err:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        print(message, file=sys.stderr)
+
+    monkeypatch.setattr("loratool.cli.output.click.echo", full)
+    refused(loratool("validate", adapter, "--base", base), "standard output: No space left")
 
 
 def test_the_report_of_an_extraction_names_every_update(

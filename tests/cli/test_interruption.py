@@ -65,12 +65,17 @@ def release(stalling: Path, process: subprocess.Popen[str]) -> Result:
     return finish(process)
 
 
-@pytest.mark.parametrize("verb", ["extract", "merge"])
-def test_ctrl_c_leaves_nothing(verb: str, inputs: Path, stalling: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "kind"),
+    [("extract", signal.SIGINT), ("merge", signal.SIGINT), ("merge", signal.SIGTERM)],
+)
+def test_ctrl_c_and_terminate_leave_nothing(
+    verb: str, kind: signal.Signals, inputs: Path, stalling: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "place"
     process = begin(stalling, verb, inputs, "-o", place / "new" / "out")
     assert names(place / "new")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     result = finish(process)
     assert result.status == 1
     assert result.err.strip() == "Error: interrupted; nothing was written"

@@ -142,6 +142,7 @@ def loratool(*arguments: object) -> Result:
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with (
+        mock.patch("signal.signal"),  # pytest has its own
         mock.patch.object(sys, "argv", ["loratool", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

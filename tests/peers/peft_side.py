@@ -26,7 +26,7 @@ def on_base(pair: Pair, adapter: Path) -> PreTrainedModel:
     return load(pair.recipe.tuned, pair.base, config=config, ignore_mismatched_sizes=True)
 
 
-def load_strictly(model: PreTrainedModel, adapter: Path) -> Any:
+def load_strictly(model: PreTrainedModel, adapter: Path, **options: Any) -> Any:
     """`PeftModel.from_pretrained`; a warning, a missing or an unexpected key is a failure."""
     results = []
 
@@ -43,7 +43,7 @@ def load_strictly(model: PreTrainedModel, adapter: Path) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         # One setting for all targets, where an untied GPT-2 has both kinds: PEFT sets it right.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True but the target module")
-        loaded = PeftModel.from_pretrained(model, adapter)
+        loaded = PeftModel.from_pretrained(model, adapter, **options)
     (result,) = results
     assert result.unexpected_keys == []
     assert [k for k in result.missing_keys if ".lora_" in k or "modules_to_save" in k] == []

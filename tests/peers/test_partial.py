@@ -92,6 +92,11 @@ def check_reproduced(found: Extracted, folder: Path, vocabulary: int = 60) -> An
     wanted = outputs(found.pair.load_tuned(), vocabulary)
     model = load_strictly(on_base(found.pair, found.adapter), found.adapter)
     assert distance(outputs(model, vocabulary), wanted) < 1e-5
+    if found.pair.recipe.model_type != "t5":  # its tables are no longer tied then
+        frugal = load_strictly(
+            on_base(found.pair, found.adapter), found.adapter, low_cpu_mem_usage=True
+        )
+        assert distance(outputs(frugal, vocabulary), wanted) < 1e-5
     loratool.merge(found.pair.base, [(found.adapter, 1.0)]).save(folder / "merged")
     merged = Pair(found.pair.base, folder / "merged", found.pair.recipe).load_tuned()
     assert distance(outputs(merged, vocabulary), wanted) < 1e-5
@@ -199,11 +204,12 @@ def test_names_paired_by_hand_are_remembered(tmp_path: Path) -> None:
         loratool.extract(pair.base, pair.tuned)
     lazy = loratool.extract(pair.base, pair.tuned, rank=64, map=["transformer.=model."])
     lazy.save(tmp_path / "adapter")
-    for i, adapter in enumerate((lazy, tmp_path / "adapter")):
-        loratool.merge(pair.base, [(adapter, 1.0)]).save(tmp_path / str(i))
-        merged = load(recipe.tuned, tmp_path / str(i))
+    loratool.merge(pair.base, [(lazy, 1.0)]).save(tmp_path / "lazy")
+    loratool.merge(pair.base, [(tmp_path / "adapter", 1.0)]).save(tmp_path / "saved")
+    for folder in ("lazy", "saved"):
+        merged = load(recipe.tuned, tmp_path / folder)
         assert distance(outputs(merged), outputs(pair.load_tuned())) < 1e-5
-    names = load_file(tmp_path / "1" / "model.safetensors").keys()
+    names = load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert names == load_file(pair.tuned / "model.safetensors").keys()
 
 

@@ -110,10 +110,12 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
     placeholder = None if low_rank else _any_linear(adapter, inside)
     whole = {PREFIX + name: sources[name] for name in inside}
     in_place.difference_update(inside)
-    for name in sorted(in_place):
+    # A bias under both its names: loaded with low_cpu_mem_usage, the two are no longer one.
+    twins = {n for n in replaced if n.endswith("bias") and sources[n] in in_place}
+    for name in sorted(in_place | twins.difference(inside)):
         module, _, leaf = name.rpartition(".")
         is_target = f"{module}.weight" in (*low_rank, placeholder)
-        whole[f"{PREFIX}{module}.base_layer.{leaf}" if is_target else PREFIX + name] = name
+        whole[f"{PREFIX}{module}.base_layer.{leaf}" if is_target else PREFIX + name] = sources[name]
     return Layout(
         low_rank,
         whole,
