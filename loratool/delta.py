@@ -6,7 +6,7 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-import threading
+from collections.abc import Iterator
 from typing import Any
 
 import blake3
@@ -17,7 +17,7 @@ from loratool.checkpoint import LazyTensor
 from loratool.digests import TensorDigest, combine_digests
 from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
-from loratool.linalg import Certificate, Factorization, Factorizer, RankPolicy
+from loratool.linalg import Certificate, Factorization, Factorizer, RankPolicy, Workspace
 
 _TILE_ELEMENTS = 1 << 18
 
@@ -35,7 +35,7 @@ class DeltaReader:
         self._seed = seed
         self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
         self._matrices: set[str] = set()
-        self._local = threading.local()
+        self._workspace = Workspace()
 
     def base_digests(self) -> dict[str, Any]:
         """Digests of the base's tensors that were read."""
@@ -94,9 +94,7 @@ class DeltaReader:
         if base.shape != tuned.shape:
             _require_finite(tuned)
             return Replacement(tuned)
-        before, after = base.read().double(), tuned.read().double()
-        norm = float(before.norm())
-        change = float((after - before).norm())
+        norm, change = _change(base.read(), tuned.read())
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
         return Replacement(tuned, change / norm if norm else math.inf)
@@ -121,19 +119,41 @@ class DeltaReader:
 
     def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""
-        count = before.numel()
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.numel() < count:
-            self._local.buffer = buffer = torch.empty(count)
-        delta: torch.Tensor = buffer[:count].view(before.shape)
-        step = max(1, _TILE_ELEMENTS // max(1, before.shape[1]))
-        for start in range(0, before.shape[0], step):
-            tile = delta[start : start + step]
-            tile.copy_(after[start : start + step])
-            subtrahend = before[start : start + step]
-            # torch promotes all floats but those of 8 bits.
-            tile.sub_(subtrahend.float() if subtrahend.itemsize == 1 else subtrahend)
+        delta = self._workspace.take("delta", tuple(before.shape), torch.float32)
+        for rows in _tiles(before):
+            _subtract(after[rows], before[rows], delta[rows])
         return delta
+
+
+def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
+    """out = one - other, rounded to fp32 once, without temporaries for the usual types."""
+    if torch.float64 in (one.dtype, other.dtype):
+        out.copy_(one.double() - other.double())
+        return
+    out.copy_(one)
+    out.sub_(other.float() if other.itemsize == 1 else other)  # torch cannot calculate in fp8
+
+
+def _vector_at_least(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.ndim else tensor.reshape(1)
+
+
+def _tiles(tensor: torch.Tensor) -> Iterator[slice]:
+    """Ranges along axis 0 of at most a few hundred thousand elements, or of one row."""
+    rows = tensor.shape[0]
+    step = max(1, _TILE_ELEMENTS * rows // max(1, tensor.numel()))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
+    before, after = _vector_at_least(before), _vector_at_least(after)
+    norm = change = 0.0
+    for rows in _tiles(before):
+        one, other = before[rows].double(), after[rows].double()
+        norm += float(one.square().sum())
+        change += float((other - one).square().sum())
+    return math.sqrt(norm), math.sqrt(change)
 
 
 def _digest_facts(digests: dict[str, str]) -> dict[str, Any]:
@@ -163,8 +183,8 @@ def _require_finite(tensor: LazyTensor) -> None:
 
 
 def _is_finite(tensor: LazyTensor) -> bool:
-    value = tensor.read()
-    return not value.is_floating_point() or bool(torch.isfinite(value.float()).all())
+    value = _vector_at_least(tensor.read())
+    return all(bool(torch.isfinite(value[rows].double()).all()) for rows in _tiles(value))
 
 
 def _name_culprit(base: LazyTensor, tuned: LazyTensor, error: InputError) -> InputError:

@@ -72,7 +72,7 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
     executor = plugins.create("executors", drain.executor)
     outcome = Outcome(adapter)
     updates = [*adapter.values(), *adapter.left_out.values()]
-    with atomic_directory(target, drain.overwrite, _largest_size(adapter)) as folder:
+    with atomic_directory(target, drain.overwrite, _needed_bytes(adapter)) as folder:
         drain.start("Extracting", sum(_delta_bytes(update) for update in updates))
         with single_threaded_tasks():
             results = outcome.watch(_compute(list(adapter.values()), executor, drain))
@@ -106,14 +106,17 @@ def _delta_bytes(update: LazyUpdate) -> int:
     return size
 
 
-def _largest_size(adapter: Adapter) -> int:
-    """The most bytes that an adapter's file can take."""
+def _needed_bytes(adapter: Adapter) -> int:
+    """Disk that writing an adapter takes at most; factors are spooled first, so they count twice.
+
+    Ranks that only an energy decides are not known yet and count as nothing.
+    """
     total = 0
     for update in adapter.values():
-        if update.kind == "low_rank" and update.rank is not None:
-            total += update.rank * sum(update.shape) * itemsize(update.dtype)
-        else:
+        if update.kind == "replacement":
             total += _delta_bytes(update)
+        else:
+            total += 2 * (update.rank or 0) * sum(update.shape) * itemsize(update.dtype)
     return total
 
 

@@ -93,7 +93,7 @@ class _Rounder:
         torch.add(total, shifter, out=rounded)
         rounded.sub_(shifter)
         self._break_ties(total, weight, delta, rounded, shifter)
-        return rounded
+        return torch.copysign(rounded, total, out=rounded)  # -0 stays -0
 
     def _break_ties(
         self,

@@ -73,6 +73,10 @@ class Extract:
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
 
+    def __post_init__(self) -> None:
+        rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
+        parse_moves(self.map)
+
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
 
@@ -254,7 +258,7 @@ def _updates(
                 shape,
                 dtype or ("BF16" if before.dtype == "BF16" else "F32"),
                 _factors(reader, before, tensor, transposed, dtype),
-                rank=policy.limit((shape[0], shape[1])),
+                rank=policy.limit((shape[0], shape[1])) if policy.rank else None,
                 transposed=transposed,
             )
         else:
