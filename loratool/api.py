@@ -53,19 +53,16 @@ class LazyModel(MergedCheckpoint):
         self, path: str | Path, *, overwrite: bool = False, executor: str = "threads"
     ) -> Report:
         """Compute and write it; see `loratool.engine.save_checkpoint` for the errors."""
-        save_checkpoint(self, Path(path), Drain(executor, overwrite))
-        return self.report(path)
+        return save_checkpoint(self, Path(path), Drain(executor, overwrite))
 
 
 @dataclass(frozen=True)
 class LazyOnnx(LazyExport):
     """An export that is done and verified while it is saved."""
 
-    def save(  # type: ignore[override]  # the public form spells out what a Drain holds
-        self, path: str | Path, *, overwrite: bool = False, executor: str = "threads"
-    ) -> Report:
-        """Export, verify and write it; see `loratool.steps.export.LazyExport.save`."""
-        return super().save(Path(path), Drain(executor, overwrite))
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Report:
+        """Export, verify and write it; see `loratool.steps.export.LazyExport.write`."""
+        return self.write(Path(path), Drain(overwrite=overwrite))
 
 
 def extract(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.dtypes import itemsize
+from loratool.reports import Report, counted, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def label(self) -> str:
         """How messages call it."""
         return str(self.path) if self.path is not None else "<computed checkpoint>"
+
+    def report(self, target: Path | str) -> Report:
+        """What was written to `target`; call it after draining."""
+        lines = (counted(len(self), "tensor"), f"size: {format_bytes(self.nbytes)}")
+        data = {"kind": "checkpoint", "tensors": len(self), "bytes": self.nbytes}
+        return Report(f"Wrote {target}", data, lines, notes=self.notes)
 
     def with_config(self, config: Mapping[str, Any]) -> Checkpoint:
         """The same tensors under another config.json."""

@@ -120,7 +120,7 @@ def _needed_bytes(adapter: Adapter) -> int:
     return total
 
 
-def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> None:
+def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> Report:
     """Compute every tensor of a checkpoint and write it.
 
     Raises:
@@ -132,6 +132,7 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> None:
         drain.start("Writing", checkpoint.nbytes)
         with single_threaded_tasks():
             write_checkpoint(checkpoint, folder, executor, drain.progress)
+    return checkpoint.report(target)
 
 
 def manifest(data: Mapping[str, Any]) -> bytes:

@@ -70,6 +70,7 @@ class Step(Protocol):
     Attributes:
         operands: its inputs, in the order of `run`'s parameters.
         output: the default output directory, with operand names in braces; "" if it writes nothing.
+        has_tasks: (optional, True if absent) whether an executor runs its work.
     """
 
     operands: ClassVar[tuple[Operand, ...]]

@@ -20,7 +20,7 @@ from loratool.dtypes import dtype_name
 from loratool.errors import FormatError, InputError
 from loratool.opening import open_checkpoint
 from loratool.safetensors_file import build_header
-from loratool_plugins.checkpoint_formats.directory import find_weights
+from loratool_plugins.checkpoint_formats.directory import find_weights, side_files
 from tests.cli.tiny import CONFIG, Tensors, llama, model_folder, save_model, write_index
 
 DTYPES = (
@@ -349,3 +349,11 @@ def test_names_in_an_index_that_no_file_can_have_are_refused(tmp_path: Path) -> 
         write_index(path, {"a": name})
         with pytest.raises(FormatError, match="missing, but model"):
             open_checkpoint(path)
+
+
+def test_folders_of_settings_are_side_files_and_other_folders_are_not(tmp_path: Path) -> None:
+    names = ("1_Pooling/config.json", "onnx/model.onnx", "data/big.csv", "checkpoint-5/a.json")
+    for name in (*names, "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    assert set(side_files(tmp_path)) == {"1_Pooling/config.json", "tokenizer.json"}

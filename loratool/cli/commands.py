@@ -136,6 +136,9 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
             click.Option(
                 ["--overwrite"], is_flag=True, help="Replace a directory that is not empty."
             ),
+        ]
+    if cls.output and getattr(cls, "has_tasks", True):
+        options += [
             click.Option(
                 ["--executor"],
                 default="threads",
@@ -157,7 +160,8 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
     target = _target(cls, values)
     if target is not None:  # before any long work
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
-        plugins.create("executors", values["executor"])
+        if "executor" in values:
+            plugins.create("executors", values["executor"])
     inputs = [_open(operand, refs[operand.name]) for operand in cls.operands]
     result = step.run(*inputs)
     if isinstance(result, Report):
@@ -226,13 +230,13 @@ def _save(result: Any, target: Path, values: Mapping[str, Any]) -> Report:
     for note in getattr(result, "notes", ()):
         print_error(note, "Note")
     with ProgressBar(quiet) as bar:
-        drain = Drain(values["executor"], bool(values["overwrite"]), bar.start, bar.advance)
+        executor = values.get("executor", "serial")
+        drain = Drain(executor, bool(values["overwrite"]), bar.start, bar.advance)
         if isinstance(result, Adapter):
             return _told(save_adapter(result, target, drain))
         if isinstance(result, Checkpoint):
-            save_checkpoint(result, target, drain)
-            return _told(result.report(target))  # type: ignore[attr-defined]
-        report: Report = result.save(target, drain)
+            return _told(save_checkpoint(result, target, drain))
+        report: Report = result.write(target, drain)
         return report
 
 

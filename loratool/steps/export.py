@@ -20,7 +20,7 @@ from loratool.writer import atomic_directory
 
 @dataclass(frozen=True)
 class LazyExport:
-    """An export that is done when saved.
+    """An export that is done when it is written.
 
     Attributes:
         merged: the model to export.
@@ -32,7 +32,7 @@ class LazyExport:
     base: Checkpoint
     exporter: Exporter
 
-    def save(self, target: Path, drain: Drain) -> Report:
+    def write(self, target: Path, drain: Drain) -> Report:
         """Export, verify and write.
 
         Raises:
@@ -61,6 +61,7 @@ class Export:
         Operand("adapters", "adapter", many=True, required=False),
     )
     output: ClassVar[str] = "{base}-onnx"
+    has_tasks: ClassVar[bool] = False
 
     exporter: str = option("onnx", "how to export, with options: onnx:dtype=fp16", kind="exporters")
     architecture: str = option("", "model class or type, where config.json does not say")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.adapter import Adapter, LowRank, Replacement
@@ -38,7 +39,7 @@ class MergedCheckpoint(Checkpoint):
     survival: Mapping[str, Survival] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
-    def report(self, target: Any) -> Report:
+    def report(self, target: Path | str) -> Report:
         """What was done; call it after draining."""
         wanted = sum(s.wanted for s in self.survival.values())
         kept = sum(s.kept for s in self.survival.values())

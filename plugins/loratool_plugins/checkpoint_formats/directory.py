@@ -14,6 +14,8 @@ _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
     ".npz", ".pkl", ".onnx", ".onnx_data", ".data",
 }  # fmt: skip
+# What a folder of settings holds, and nothing else: 1_Pooling, additional_chat_templates.
+_SETTINGS_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 # Beside a model's weights these would make transformers load the adapter on top of them.
 _ADAPTER_FILES = {"adapter_config.json", "loratool.json"}
 
@@ -139,15 +141,26 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def side_files(path: Path) -> dict[str, Path]:
-    """The files of a model directory that hold no weights: config, tokenizer, licence, ..."""
+    """The files of a model directory that hold no weights: config, tokenizer, licence, ...
+
+    Folders of settings in it come along too, such as sentence-transformers' 1_Pooling.
+    """
     if not path.is_dir():
         return {}
-    return {
-        entry.name: entry
-        for entry in _entries(path)
-        if entry.is_file()
+    found = {entry.name: entry for entry in _entries(path) if _is_side_file(entry)}
+    for folder in _entries(path):
+        if folder.is_dir() and not folder.name.startswith((".", "checkpoint-")):
+            inside = _entries(folder)
+            if all(entry.is_file() and entry.suffix in _SETTINGS_SUFFIXES for entry in inside):
+                found |= {f"{folder.name}/{e.name}": e for e in inside if _is_side_file(e)}
+    return found
+
+
+def _is_side_file(entry: Path) -> bool:
+    return (
+        entry.is_file()
         and not entry.name.startswith(".")
         and entry.suffix not in _WEIGHT_SUFFIXES
         and entry.name not in _ADAPTER_FILES
         and not entry.name.endswith(".index.json")
-    }
+    )
