@@ -35,7 +35,8 @@ _DEFAULT_RANK = 16
 # Files of the fine-tuned model that an adapter carries under model/.
 _MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "additional_chat_templates/*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken", "chat_template*",
+    "added_tokens.json", "additional_chat_templates/*", "vocab*", "merges.txt", "spiece.model",
+    "*.tiktoken", "chat_template*",
     "preprocessor_config.json", "processor_config.json", "sentencepiece*",
 )  # fmt: skip
 
