@@ -20,8 +20,9 @@ from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import itemsize
 from loratool.outcome import Outcome
+from loratool.places import atomic_directory
 from loratool.reports import Report, to_json
-from loratool.writer import atomic_directory, write_checkpoint, write_file, write_side_files
+from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
 MANIFEST = "loratool.json"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratool import plugins, writer
+from loratool import places, plugins, writer
 from loratool.checkpoint import Checkpoint, Extent, LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.errors import InputError, OutputError
 from loratool.opening import open_checkpoint
+from loratool.places import atomic_directory
 from loratool.writer import (
     Spool,
-    atomic_directory,
     copy_extent,
     write_checkpoint,
     write_safetensors,
@@ -112,7 +112,7 @@ def test_without_an_exchange_of_directories_two_renames_do(
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(places, "_exchange", lambda one, other: False)
     rename = Path.rename
 
     def moody(path: Path, to: Path) -> Path:
@@ -151,7 +151,7 @@ def test_everything_is_synced_before_it_appears(
     def record(handle: int) -> None:
         synced.append((os.fstat(handle).st_ino, target.exists()))
 
-    monkeypatch.setattr(writer.os, "fsync", record)
+    monkeypatch.setattr(places.os, "fsync", record)
     with atomic_directory(target, overwrite=False) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").touch()
@@ -194,7 +194,7 @@ def test_a_directory_that_a_run_took_for_a_leftover_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run may come between the making of the directory and its lock."""
-    lock, make = writer._lock, writer.tempfile.mkdtemp
+    lock, make = places._lock, places.tempfile.mkdtemp
     made: list[Path] = []
 
     def note(**given: object) -> str:
@@ -206,8 +206,8 @@ def test_a_directory_that_a_run_took_for_a_leftover_is_made_again(
             made[-1].rmdir()
         return lock(handle, wait)
 
-    monkeypatch.setattr(writer.tempfile, "mkdtemp", note)
-    monkeypatch.setattr(writer, "_lock", late)
+    monkeypatch.setattr(places.tempfile, "mkdtemp", note)
+    monkeypatch.setattr(places, "_lock", late)
     with atomic_directory(tmp_path / "out", overwrite=False) as folder:
         assert folder == made[2]
         (folder / "file").touch()
@@ -223,7 +223,7 @@ def test_places_without_locks_are_used_without(
     def refuse(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(writer.fcntl, "flock", refuse)
+    monkeypatch.setattr(places.fcntl, "flock", refuse)
     (tmp_path / ".out.partial-1").mkdir()
     with atomic_directory(tmp_path / "out", overwrite=False) as folder:
         (folder / "file").touch()

@@ -184,7 +184,7 @@ def _refs(operand: Operand, value: Any) -> list[tuple[str, float]]:
 
 def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -> None:
     """Raise OutputError if `target` is taken, or if replacing it would remove an input."""
-    from loratool.writer import check_target
+    from loratool.places import check_target
 
     check_target(target, overwrite)
     place = target.resolve()

@@ -12,10 +12,10 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain
 from loratool.errors import InputError, raise_problems
+from loratool.places import atomic_directory
 from loratool.plugins import Exporter, Operand, option
 from loratool.reports import Report
 from loratool.steps.merge import Merge, MergedCheckpoint
-from loratool.writer import atomic_directory
 
 
 @dataclass(frozen=True)

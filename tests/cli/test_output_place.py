@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from loratool import writer
+from loratool import places, writer
 from tests.cli.tiny import Result, done, loratool, names, refused, snapshot, unchanged
 
 Verb = Callable[..., Result]
@@ -139,7 +139,7 @@ def test_a_mount_point_is_refused(
 def test_a_disk_too_small_is_noticed_before_writing(
     verb: Verb, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 1000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 1000))
     with unchanged(tmp_path):
         result = verb(inputs, tmp_path / "new" / "out")
         refused(result, tmp_path, "needed", "1000 B are free", "nothing was written")
@@ -162,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_told(
     def denied(*_: object, **__: object) -> str:
         raise PermissionError(13, os.strerror(13), str(tmp_path))
 
-    monkeypatch.setattr(writer.tempfile, "mkdtemp", denied)  # root may write everywhere
+    monkeypatch.setattr(places.tempfile, "mkdtemp", denied)  # root may write everywhere
     with unchanged(tmp_path):
         refused(merge(inputs, tmp_path / "a" / "out"), tmp_path / "a" / "out", "Permission denied")
     refused(merge(inputs, tmp_path / ("x" * 300)), "x" * 300, "File name too long")
