@@ -119,3 +119,23 @@ def test_an_incomplete_config_is_completed_from_the_names() -> None:
     assert merged.config["model_type"] == "bert"
     assert merged.config["architectures"] == ["BertForPreTraining"]
     assert any("model_type" in note for note in merged.notes)
+
+
+def test_peft_loads_the_adapter_and_answers_as_the_merged_model(tmp_path) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from tests.peers.peft_side import load_strictly
+
+    loratool.extract(RXNFP_BASE, RXNFP_TUNED, rank=16).save(tmp_path / "adapter")
+    loratool.merge(RXNFP_BASE, [(tmp_path / "adapter", 1.0)]).save(tmp_path / "merged")
+    config = AutoConfig.from_pretrained(tmp_path / "adapter" / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(RXNFP_BASE, config=config)
+    tokens = torch.randint(5, 591, (4, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, 20:] = 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = merged(input_ids=tokens, attention_mask=mask).logits
+        peft = load_strictly(base, tmp_path / "adapter")
+        found = peft(input_ids=tokens, attention_mask=mask).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
