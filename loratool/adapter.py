@@ -7,12 +7,14 @@ business of `loratool.binding`. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratool.checkpoint import LazyTensor
+from loratool.dtypes import itemsize
 from loratool.errors import Problem
 from loratool.linalg import Certificate
 
@@ -86,6 +88,31 @@ class LazyUpdate:
     transposed: bool | None = None
     stored: tuple[LazyTensor, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the delta, or of the new tensor, in bytes."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an adapter came to be, in the words of reports and of the model card.
+
+    Attributes:
+        doing: "Extracting", while it runs.
+        done: "Extracted", when it is done.
+        sentence: the model card's first sentence.
+        lines: more lines for the report; called after draining.
+    """
+
+    doing: str
+    done: str
+    sentence: str
+    lines: Callable[[], tuple[str, ...]] = tuple
+
+
+_READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
+
 
 @dataclass(frozen=True)
 class Adapter(Mapping[str, LazyUpdate]):
@@ -100,13 +127,19 @@ class Adapter(Mapping[str, LazyUpdate]):
         task_type: PEFT's name of the task ("SEQ_CLS"), or None.
         base_name: the base model's Hub id, or "".
         context: the tensors of the fine-tuned model by the same names, for formats that can only
-            store whole modules. Empty for an adapter read from a file.
+            store whole modules; of an adapter read from a file, those that it replaces.
         kinds: parameter name -> the kind of module in the fine-tuned model (`loratool.skeleton`).
         tied: names that the fine-tuned model ties to another parameter -> that parameter.
         moves: (OLD, NEW): parameters whose name is, or starts with, OLD are the base's NEW.
         settings: the adapter's own configuration file, as read.
         problems: what was already wrong with its files on opening.
         left_out: changes that were not asked for: measured and reported, never written.
+        rslora: whether its format should state alpha for the scale alpha / sqrt(rank).
+        short_targets: the last part of module names -> every module of the model that ends in it,
+            where that is known: formats may name targets by it.
+        base_digests: base tensor -> its digest, where the adapter's manifest tells it.
+        files: the files that it was read from: name relative to `path` -> where.
+        provenance: how it was made.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, or None if it was computed.
     """
@@ -125,6 +158,11 @@ class Adapter(Mapping[str, LazyUpdate]):
     problems: tuple[Problem, ...] = ()
     left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rslora: bool = False
+    short_targets: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)
+    files: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    provenance: Provenance = _READ
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
     path: Path | None = None
 
@@ -140,4 +178,4 @@ class Adapter(Mapping[str, LazyUpdate]):
     @property
     def label(self) -> str:
         """How messages call it."""
-        return str(self.path) if self.path is not None else "<extracted adapter>"
+        return str(self.path) if self.path is not None else "<computed adapter>"

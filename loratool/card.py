@@ -22,7 +22,6 @@ def model_card(adapter: Adapter, outcome: Outcome) -> str:
     Nothing in it depends on where files lie on this machine.
     """
     base = adapter.base_name if is_hub_name(adapter.base_name) else ""
-    architecture = ((adapter.model_config or {}).get("architectures") or ["AutoModel"])[0]
     header = ["---", "library_name: peft", "tags:", "- lora", "- loratool"]
     if base:
         header += [f"base_model: {base}", "base_model_relation: adapter"]
@@ -33,9 +32,7 @@ def model_card(adapter: Adapter, outcome: Outcome) -> str:
         "",
         "# LoRA adapter",
         "",
-        f"The difference between a fine-tuned `{architecture}` and its base"
-        + (f" [{base}](https://huggingface.co/{base})" if base else "")
-        + ", as a low-rank adapter extracted by loratool.",
+        adapter.provenance.sentence,
         "",
         f"- {len(outcome.low_rank)} low-rank updates of rank "
         + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"),
@@ -48,15 +45,26 @@ def model_card(adapter: Adapter, outcome: Outcome) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import AutoConfig, {architecture}",
-        "",
-        'config = AutoConfig.from_pretrained("ADAPTER/model")',
-        f'base = {architecture}.from_pretrained("{base or "BASE"}", config=config)',
+        *_loading(adapter, base),
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _loading(adapter: Adapter, base: str) -> list[str]:
+    """Python lines that load the base, as the class that the adapter is for where that is known."""
+    if adapter.model_config is None:
+        lines = ["from transformers import AutoModel  # or the class that the adapter is for", ""]
+        return [*lines, f'base = AutoModel.from_pretrained("{base or "BASE"}")']
+    architecture = (adapter.model_config.get("architectures") or ["AutoModel"])[0]
+    return [
+        f"from transformers import AutoConfig, {architecture}",
+        "",
+        'config = AutoConfig.from_pretrained("ADAPTER/model")',
+        f'base = {architecture}.from_pretrained("{base or "BASE"}", config=config)',
+    ]
 
 
 def _by_module(outcome: Outcome) -> list[str]:

@@ -6,7 +6,6 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import blake3
@@ -15,11 +14,9 @@ import torch
 from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
 from loratool.digests import TensorDigest, combine_digests
-from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
-from loratool.linalg import Certificate, Factorization, Factorizer, RankPolicy, Workspace
-
-_TILE_ELEMENTS = 1 << 18
+from loratool.linalg import Factorizer, RankPolicy, Workspace, is_finite, tiles
+from loratool.lowrank import rounded_factors
 
 
 class DeltaReader:
@@ -77,7 +74,7 @@ class DeltaReader:
         a, b = found.a, found.b
         if transposed:
             a, b = b.T.contiguous(), a.T.contiguous()
-        return _rounded(a, b, found, dtype)
+        return rounded_factors(a, b, found.certificate, dtype)
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`.
@@ -120,7 +117,7 @@ class DeltaReader:
     def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""
         delta = self._workspace.take("delta", tuple(before.shape), torch.float32)
-        for rows in _tiles(before):
+        for rows in tiles(before):
             _subtract(after[rows], before[rows], delta[rows])
         return delta
 
@@ -138,18 +135,11 @@ def _vector_at_least(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.ndim else tensor.reshape(1)
 
 
-def _tiles(tensor: torch.Tensor) -> Iterator[slice]:
-    """Ranges along axis 0 of at most a few hundred thousand elements, or of one row."""
-    rows = tensor.shape[0]
-    step = max(1, _TILE_ELEMENTS * rows // max(1, tensor.numel()))
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
 def _change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
     before, after = _vector_at_least(before), _vector_at_least(after)
     norm = change = 0.0
-    for rows in _tiles(before):
+    for rows in tiles(before):
         one, other = before[rows].double(), after[rows].double()
         norm += float(one.square().sum())
         change += float((other - one).square().sum())
@@ -160,37 +150,15 @@ def _digest_facts(digests: dict[str, str]) -> dict[str, Any]:
     return {"digest": combine_digests(digests), "tensors": dict(sorted(digests.items()))}
 
 
-def _rounded(a: torch.Tensor, b: torch.Tensor, found: Factorization, dtype: str) -> LowRank:
-    """Round the factors to their dtype, and add what that costs to the certificate.
-
-    ||B A - B' A'||^2 is a trace of products of the small Gram matrices of [B, B'] and [A; -A'].
-    """
-    kind = torch_dtype(dtype)
-    a_rounded, b_rounded = a.to(kind), b.to(kind)
-    columns = torch.cat([b, b_rounded.float()], dim=1).double()
-    rows = torch.cat([a, -a_rounded.float()], dim=0).double()
-    rounding = float(((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0))
-    c = found.certificate
-    certificate = Certificate(
-        c.rank, c.total, c.captured, rounding, c.optimum_bound, c.method, c.steps
-    )
-    return LowRank(a_rounded.contiguous(), b_rounded.contiguous(), 1.0, certificate)
-
-
 def _require_finite(tensor: LazyTensor) -> None:
-    if not _is_finite(tensor):
+    if not is_finite(tensor.read()):
         raise InputError(f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it first")
-
-
-def _is_finite(tensor: LazyTensor) -> bool:
-    value = _vector_at_least(tensor.read())
-    return all(bool(torch.isfinite(value[rows].double()).all()) for rows in _tiles(value))
 
 
 def _name_culprit(base: LazyTensor, tuned: LazyTensor, error: InputError) -> InputError:
     """Say which of the two tensors holds NaN or Inf."""
     for tensor in (base, tuned):
-        if not _is_finite(tensor):
+        if not is_finite(tensor.read()):
             return InputError(
                 f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it, or leave it out "
                 "with --exclude"

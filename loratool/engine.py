@@ -6,7 +6,7 @@ One intra-op thread a task, so that results do not depend on how many workers th
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,13 +19,13 @@ from loratool.adapter import Adapter, LazyUpdate, Update
 from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import itemsize
+from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
 from loratool.places import atomic_directory
-from loratool.reports import Report, to_json
+from loratool.reports import Report
 from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
-MANIFEST = "loratool.json"
 
 
 def no_progress(name: str, size: int) -> None:
@@ -74,7 +74,7 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
     outcome = Outcome(adapter)
     updates = [*adapter.values(), *adapter.left_out.values()]
     with atomic_directory(target, drain.overwrite, _needed_bytes(adapter)) as folder:
-        drain.start("Extracting", sum(_delta_bytes(update) for update in updates))
+        drain.start(adapter.provenance.doing, sum(update.nbytes for update in updates))
         with single_threaded_tasks():
             results = outcome.watch(_compute(list(adapter.values()), executor, drain))
             writer.write(adapter, results, folder)
@@ -96,15 +96,8 @@ def _compute(
         return update, update.load()
 
     for update, found in executor.map(load, updates):
-        drain.progress(update.name, _delta_bytes(update))
+        drain.progress(update.name, update.nbytes)
         yield update, found
-
-
-def _delta_bytes(update: LazyUpdate) -> int:
-    size = itemsize(update.dtype)
-    for dimension in update.shape:
-        size *= dimension
-    return size
 
 
 def _needed_bytes(adapter: Adapter) -> int:
@@ -115,7 +108,7 @@ def _needed_bytes(adapter: Adapter) -> int:
     total = 0
     for update in adapter.values():
         if update.kind == "replacement":
-            total += _delta_bytes(update)
+            total += update.nbytes
         else:
             total += 2 * (update.rank or 0) * sum(update.shape) * itemsize(update.dtype)
     return total
@@ -134,11 +127,6 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> Repor
         with single_threaded_tasks():
             write_checkpoint(checkpoint, folder, executor, drain.progress)
     return checkpoint.report(target)
-
-
-def manifest(data: Mapping[str, Any]) -> bytes:
-    """A manifest's bytes."""
-    return f"{to_json(data, indent=1)}\n".encode()
 
 
 def run_facts() -> dict[str, Any]:

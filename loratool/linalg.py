@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,30 +17,77 @@ if TYPE_CHECKING:
     import torch
 
 
+# A share of the energy closer to 1 than this cannot be told from 1 in fp32.
+_SHARE_RESOLUTION = 1e-6
+
+
 @dataclass(frozen=True)
 class RankPolicy:
     """How many singular values to keep.
+
+    Where several are given, the one that keeps the fewest decides.
 
     Attributes:
         rank: keep at most this many (None: no limit but the matrix).
         energy: keep the fewest that capture at least this share of ||D||_F^2 (None: all of them
             up to `rank`).
+        ratio: keep those of at least sigma_1 / ratio (None: however small).
     """
 
     rank: int | None = 16
     energy: float | None = None
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None:
-            raise UsageError("a rank or an energy is needed")
+        if self.rank is None and self.energy is None and self.ratio is None:
+            raise UsageError("a rank, an energy or a ratio is needed")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"the energy must lie in (0, 1], not {self.energy}")
+        if self.ratio is not None and not self.ratio >= 1:
+            raise UsageError(f"the ratio must be at least 1, not {self.ratio}")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the rank is known before any singular value is."""
+        return self.energy is None and self.ratio is None
 
     def limit(self, shape: tuple[int, int]) -> int:
         """The largest rank that this policy allows for a matrix of `shape`."""
         return min(shape) if self.rank is None else min(self.rank, *shape)
+
+    def wanted(self, total: float, margin: float = 0.0) -> float:
+        """The energy to capture, as far as fp32 can tell it from the whole; 0 if none is set."""
+        share = 0.0 if self.energy is None else min(self.energy + margin, 1 - _SHARE_RESOLUTION)
+        return share * total
+
+    def choose(
+        self, energies: torch.Tensor, total: float, shape: tuple[int, int], margin: float = 0.0
+    ) -> int | None:
+        """How many of the leading squared singular values of a matrix to keep, at least 1.
+
+        Args:
+            energies: (k,) fp64, descending; those that are known.
+            total: ||D||_F^2.
+            shape: (out, in) of the matrix.
+            margin: added to the energy asked for.
+
+        Returns:
+            The number, or None if `energies` has too few to tell.
+        """
+        known = len(energies)
+        counts = [self.limit(shape)]
+        if self.energy is not None:
+            short = int((energies.cumsum(0) < self.wanted(total, margin)).sum())
+            if short < known:
+                counts.append(short + 1)
+        if self.ratio is not None and known:
+            large = int((energies >= energies[0] / self.ratio**2).sum())
+            if large < known:
+                counts.append(max(1, large))
+        smallest = min(counts)
+        return smallest if smallest <= known else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +179,24 @@ class Workspace(threading.local):
             self._buffers.pop((name, dtype), None)
             buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
+
+
+def tiles(tensor: torch.Tensor, elements: int = 1 << 18) -> Iterator[slice]:
+    """Ranges along axis 0 of at most about `elements` elements, or of one row."""
+    rows = tensor.shape[0]
+    step = max(1, elements * rows // max(1, tensor.numel()))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape and float dtype holds neither NaN nor Inf; tile by tile."""
+    flat = tensor.reshape(-1)
+
+    def finite(tile: torch.Tensor) -> bool:
+        tile = tile.float() if tile.itemsize == 1 else tile  # torch cannot test fp8
+        return bool(tile.isfinite().all())
+
+    return all(finite(flat[part]) for part in tiles(flat))
 
 
 def squared_norm(tensor: torch.Tensor) -> float:

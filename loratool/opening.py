@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, PluginError
+from loratool.json_files import MANIFEST, read_json
 from loratool.refs import parse_ref
 
 # What else a path may hold: plugin kind, and what a person calls it.
@@ -58,7 +60,24 @@ def open_adapter(ref: str | Path) -> Adapter:
     """
     path = resolve(ref)
     adapter: Adapter = _detect("adapter_formats", path, "adapter").open(path)
-    return adapter
+    return replace(adapter, base_digests=_base_digests(path))
+
+
+def open_any(ref: str | Path) -> Adapter | Checkpoint:
+    """Open an adapter, or else a checkpoint; the errors of both."""
+    return open_adapter(ref) if _is_held("adapter_formats", resolve(ref)) else open_checkpoint(ref)
+
+
+def _base_digests(path: Path) -> Mapping[str, str]:
+    """What the adapter's manifest, if it has one, says of the base's tensors."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return {}
+    base = read_json(file).get("base")
+    digests = base.get("tensors") if isinstance(base, dict) else None
+    if not isinstance(digests, dict):
+        return {}
+    return {str(name): str(digest) for name, digest in digests.items()}
 
 
 def _detect(kind: str, path: Path, what: str) -> Any:

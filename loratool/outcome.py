@@ -104,8 +104,8 @@ class Outcome:
         """The outcome for people."""
         lines = [
             f"{counted(len(self.low_rank), 'low-rank update')}, "
-            f"{counted(len(self.replaced), 'tensor')} kept whole, "
-            f"{self.unchanged} unchanged",
+            f"{counted(len(self.replaced), 'tensor')} kept whole"
+            + (f", {self.unchanged} unchanged" if self.unchanged else ""),
             f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
         ]
         tuned = data.get("finetuned", {}).get("bytes")
@@ -120,7 +120,14 @@ class Outcome:
             lines.append(f"the same values: {' = '.join(names)}")
         for name, norm in self.left_out.items():
             lines.append(f"left out: {name} ({_norm(norm)})")
-        return Report(f"Extracted {target}", data, tuple(lines), self._table(), self.adapter.notes)
+        lines += self.adapter.provenance.lines()
+        return Report(
+            f"{self.adapter.provenance.done} {target}",
+            data,
+            tuple(lines),
+            self._table(),
+            self.adapter.notes,
+        )
 
     def _table(self) -> Table:
         rows = [

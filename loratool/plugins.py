@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
@@ -25,17 +26,22 @@ from typing import (
     get_type_hints,
 )
 
-from loratool.adapter import Adapter, LazyUpdate, Update
+from loratool.adapter import Adapter, LazyUpdate, LowRank, Update
 from loratool.checkpoint import Checkpoint
 from loratool.errors import PluginError, Problem, UsageError
+from loratool.linalg import Factorizer, RankPolicy
 from loratool.refs import Ref
 from loratool.reports import Report
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = (
     "steps",
     "adapter_formats",
     "checkpoint_formats",
     "factorizers",
+    "combiners",
     "exporters",
     "stores",
     "executors",
@@ -51,17 +57,19 @@ class Operand:
 
     Attributes:
         name: the parameter of `run`; upper-cased on the command line.
-        kind: what is opened for it.
+        kind: what is opened for it; "any" for an adapter or else a checkpoint.
         many: whether there may be several, each with a weight (`REF=0.7`).
         required: whether at least one is needed.
         flag: whether it is given as `--name REF` instead of by position.
+        help: one line for `--help`, for a flag.
     """
 
     name: str
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "adapter", "any"]
     many: bool = False
     required: bool = True
     flag: bool = False
+    help: str = ""
 
 
 class Step(Protocol):
@@ -71,6 +79,8 @@ class Step(Protocol):
         operands: its inputs, in the order of `run`'s parameters.
         output: the default output directory, with operand names in braces; "" if it writes nothing.
         has_tasks: (optional, True if absent) whether an executor runs its work.
+        in_place: (optional, False if absent) whether it changes its first operand: its result has
+            `apply(drain) -> Report`.
     """
 
     operands: ClassVar[tuple[Operand, ...]]
@@ -114,6 +124,32 @@ class AdapterFormat(Protocol):
             results: the adapter's updates in order, as they are computed; None where there is
                 nothing to change.
             folder: where to write.
+        """
+        ...
+
+
+class Combiner(Protocol):
+    """A way to make one update of several, pure and deterministic for a given generator."""
+
+    def combine(
+        self,
+        parts: Sequence[LowRank],
+        weights: Sequence[float],
+        policy: RankPolicy | None,
+        factorizer: Factorizer,
+        generator: torch.Generator,
+    ) -> LowRank:
+        """Combine updates of one tensor.
+
+        Args:
+            parts: at least one, all of one shape (out, in), each with its own rank and scale.
+            weights: a weight for each.
+            policy: the result's rank; None for the combiner's own choice.
+            factorizer: makes factors of a dense matrix.
+            generator: source of random numbers.
+
+        Returns:
+            Factors in fp32 or fp64 with a certificate of what was lost against the combination.
         """
         ...
 

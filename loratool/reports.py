@@ -27,7 +27,7 @@ class Report:
         lines: the facts a person wants, one a line.
         table: details by tensor, if there are any.
         notes: what the user should hear even with --quiet.
-        ok: False gives exit status 1.
+        status: the exit status: 0 for a good result, 1 for a bad one.
     """
 
     title: str
@@ -35,7 +35,12 @@ class Report:
     lines: tuple[str, ...] = ()
     table: Table | None = None
     notes: tuple[str, ...] = field(default=())
-    ok: bool = True
+    status: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result is good."""
+        return self.status == 0
 
 
 def format_bytes(size: float) -> str:

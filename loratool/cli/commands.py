@@ -69,8 +69,9 @@ def _operand(operand: Operand) -> click.Parameter:
         return click.Option(
             [f"--{operand.name}"],
             required=operand.required,
-            metavar="REF",
-            help=f"The {operand.name} {operand.kind}: a path or a reference.",
+            multiple=operand.many,
+            metavar="REF" + "[=WEIGHT]" * operand.many,
+            help=_sentence(operand.help or f"the {operand.name} {operand.kind}"),
         )
     label = operand.name.removesuffix("s").upper() + "[=WEIGHT]..." * operand.many
     return click.Argument(
@@ -172,7 +173,7 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
         raise AssertionError(f"{cls.__name__} has no place for its result")
     print_report(report, bool(values["as_json"]), bool(values["quiet"]))
     if not report.ok:
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(report.status)
 
 
 def _refs(operand: Operand, value: Any) -> list[tuple[str, float]]:

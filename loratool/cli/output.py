@@ -75,12 +75,14 @@ def print_plugins() -> None:
     """Every registered plugin: kind, name, distribution, and whether it can be imported."""
     for kind in plugins.KINDS:
         click.echo(kind)
-        for name in plugins.names(kind):
+        names = plugins.names(kind)
+        width = max(map(len, names), default=0) + 2
+        for name in names:
             try:
                 state = (plugins.load(kind, name).__doc__ or "").strip().partition("\n")[0]
             except PluginError as error:
                 state = f"BROKEN: {error}"
-            click.echo(f"  {name:<14}{plugins.distribution(kind, name):<12}{state}")
+            click.echo(f"  {name:<{width}}{plugins.distribution(kind, name):<12}{state}")
 
 
 class ProgressBar:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate
+from loratool.adapter import Adapter, LazyUpdate, Provenance
 from loratool.alignment import Alignment, align, parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
@@ -109,12 +109,24 @@ class Extract:
             moves=plan.alignment.moves,
             left_out=whole if self.lora_only else {},
             notes=plan.notes,
+            provenance=_provenance(plan, self._base_name(base)),
             facts=lambda: _facts(self, policy, plan, reader),
         )
 
     def _base_name(self, base: Checkpoint) -> str:
         named = str((base.config or {}).get("_name_or_path") or "")
         return self.base_name or (named if is_hub_name(named) else str(base.path or ""))
+
+
+def _provenance(plan: _Plan, base_name: str) -> Provenance:
+    architecture = architecture_of(plan.config) or "AutoModel"
+    base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
+    return Provenance(
+        "Extracting",
+        "Extracted",
+        f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
+        "adapter extracted by loratool.",
+    )
 
 
 def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
@@ -252,13 +264,14 @@ def _updates(
             factored = False
         if factored and before is not None and before.shape == tensor.shape:
             transposed = kind == "conv1d"
+            chosen = dtype or ("BF16" if before.dtype == "BF16" else "F32")
             shape = (tensor.shape[1], tensor.shape[0]) if transposed else tensor.shape
             low_rank[name] = LazyUpdate(
                 name,
                 "low_rank",
                 shape,
-                dtype or ("BF16" if before.dtype == "BF16" else "F32"),
-                _factors(reader, before, tensor, transposed, dtype),
+                chosen,
+                _factors(reader, before, tensor, transposed, chosen),
                 rank=policy.limit((shape[0], shape[1])) if policy.rank else None,
                 transposed=transposed,
             )
@@ -269,10 +282,9 @@ def _updates(
 
 
 def _factors(
-    reader: DeltaReader, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str | None
+    reader: DeltaReader, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
 ) -> Callable[[], Any]:
-    chosen = dtype or ("BF16" if base.dtype == "BF16" else "F32")
-    return lambda: reader.factorize(base, tuned, transposed, chosen)
+    return lambda: reader.factorize(base, tuned, transposed, dtype)
 
 
 def _replacement(

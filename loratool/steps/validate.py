@@ -10,6 +10,7 @@ from loratool.adapter import Adapter
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Problem
+from loratool.linalg import is_finite
 from loratool.plugins import Operand, option
 from loratool.reports import Report, counted
 
@@ -40,13 +41,11 @@ class Validate:
 
 
 def _deep_problems(adapter: Adapter) -> list[Problem]:
-    import torch
-
     found = []
     for update in adapter.values():
         for tensor in update.stored:
             value = tensor.read()
-            if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+            if value.is_floating_point() and not is_finite(value):
                 found.append(Problem("error", tensor.name, "holds NaN or Inf"))
     return found
 
@@ -80,4 +79,4 @@ def _report(
     ]
     title = f"{adapter.label} {verdict} {base.label}"
     warned = (f"{problem}" for problem in problems if problem.severity == "warning")
-    return Report(title, data, tuple(lines), notes=(*base.notes, *warned), ok=not errors)
+    return Report(title, data, tuple(lines), notes=(*base.notes, *warned), status=int(bool(errors)))

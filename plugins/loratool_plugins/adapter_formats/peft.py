@@ -15,10 +15,10 @@ from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, InputError, Problem
 from loratool.families import is_embedding
+from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats.peft_layout import PREFIX, Layout, plan_layout
-from loratool_plugins.checkpoint_formats.directory import read_json
 from loratool_plugins.checkpoint_formats.torch import load_lazily
 from loratool_plugins.executors.serial import Serial
 
@@ -55,17 +55,19 @@ class Peft:
         """
         settings = read_json(path / _CONFIG)
         _require_supported(path, settings)
-        tensors, metadata = _open_weights(path)
+        weights, tensors, metadata = _open_weights(path)
         reader = _Reader(path, settings, tensors)
         updates = reader.updates()
         ours = _our_metadata(path, metadata)
         model = path / "model"
         config = read_json(model / "config.json") if (model / "config.json").is_file() else None
+        model_files = {}
+        if model.is_dir():
+            model_files = {file.name: file for file in sorted(model.iterdir()) if file.is_file()}
+        own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if file.is_file()]
         return Adapter(
             updates,
-            model_files={f.name: f for f in sorted(model.iterdir()) if f.is_file()}
-            if model.is_dir()
-            else {},
+            model_files=model_files,
             model_config=config,
             dropped=tuple(map(str, ours.get("dropped", ()))),
             task_type=settings.get("task_type"),
@@ -73,6 +75,13 @@ class Peft:
             tied=dict(ours.get("tied", {})),
             moves=tuple((str(old), str(new)) for old, new in ours.get("moves", ())),
             settings=settings,
+            context=reader.replaced,
+            rslora=bool(settings.get("use_rslora")),
+            short_targets=_short_targets(settings, updates),
+            files={
+                **{file.name: file for file in own},
+                **{f"model/{name}": file for name, file in model_files.items()},
+            },
             problems=tuple(reader.problems),
             path=path,
         )
@@ -90,7 +99,7 @@ class Peft:
             replaced: set[str] = set()
             for update, found in results:
                 if isinstance(found, LowRank):
-                    factors[update.name] = _spool_factors(spool, update, found)
+                    factors[update.name] = _spool_factors(spool, update, found, adapter.rslora)
                 elif isinstance(found, Replacement):
                     replaced.add(update.name)
             if not factors and not replaced:
@@ -128,15 +137,15 @@ def _require_supported(path: Path, settings: Mapping[str, Any]) -> None:
             raise FormatError(f"{path / _CONFIG}: {key} must map module patterns to numbers")
 
 
-def _open_weights(path: Path) -> tuple[dict[str, LazyTensor], Mapping[str, str]]:
+def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str, str]]:
     for name in _WEIGHTS:
         file = path / name
         if not file.is_file():
             continue
         if file.suffix == ".safetensors":
             header = read_header(file)
-            return lazy_tensors(file, header), header.metadata
-        return load_lazily(file), {}
+            return file, lazy_tensors(file, header), header.metadata
+        return file, load_lazily(file), {}
     raise InputError(f"{path / _WEIGHTS[0]}: missing, but {_CONFIG} is there")
 
 
@@ -148,6 +157,24 @@ def _our_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path / _WEIGHTS[0]}: its {_OURS} metadata is not a JSON object")
     return found
+
+
+def _short_targets(
+    settings: Mapping[str, Any], updates: Mapping[str, LazyUpdate]
+) -> dict[str, frozenset[str]]:
+    """The modules behind each plain entry of target_modules: PEFT adapted all that end in it."""
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list) or any(
+        settings.get(key) for key in ("layers_to_transform", "exclude_modules")
+    ):
+        return {}
+    modules = [n.removesuffix(".weight") for n, u in updates.items() if u.kind == "low_rank"]
+    found = {
+        str(target): frozenset(m for m in modules if m == target or m.endswith(f".{target}"))
+        for target in targets
+        if "." not in str(target)
+    }
+    return {target: matching for target, matching in found.items() if matching}
 
 
 def matches_module(pattern: str, module: str) -> bool:
@@ -165,6 +192,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
+        self.replaced: dict[str, LazyTensor] = {}  # parameter -> its new value
 
     def updates(self) -> dict[str, LazyUpdate]:
         """Parameter name -> update, in file order."""
@@ -183,8 +211,11 @@ class _Reader:
             else:
                 self._complain(key, "unexpected key: neither a factor nor in modules_to_save")
         for module, sides in pairs.items():
-            if update := self._low_rank(module, sides):
-                found[update.name] = update
+            if (update := self._low_rank(module, sides)) is None:
+                continue
+            if update.name in found:
+                self._complain(update.name, "is replaced whole and has factors as well")
+            found[update.name] = update
         return found
 
     def _complain(self, name: str, message: str, expected: str = "", found: str = "") -> None:
@@ -206,12 +237,13 @@ class _Reader:
         return name if is_bias or is_table else None
 
     def _replacement(self, name: str, tensor: LazyTensor) -> LazyUpdate:
+        self.replaced[name] = tensor.renamed(name)
         return LazyUpdate(
             name,
             "replacement",
             tensor.shape,
             tensor.dtype,
-            lambda: Replacement(tensor.renamed(name)),
+            lambda: Replacement(self.replaced[name]),
             origin=tensor.origin,
             stored=(tensor,),
         )
@@ -291,11 +323,19 @@ class LowRankEntry:
     alpha: float
 
 
-def _spool_factors(spool: Spool, update: LazyUpdate, found: LowRank) -> LowRankEntry:
+def _spool_factors(spool: Spool, update: LazyUpdate, found: LowRank, rslora: bool) -> LowRankEntry:
     module = PREFIX + update.name.removesuffix(".weight")
     a = spool.add(f"{module}.lora_A.weight", found.a)
     b = spool.add(f"{module}.lora_B.weight", found.b)
-    return LowRankEntry(a, b, found.rank, found.scale * found.rank)
+    divisor = math.sqrt(found.rank) if rslora else float(found.rank)
+    return LowRankEntry(a, b, found.rank, _alpha(found.scale, divisor))
+
+
+def _alpha(scale: float, divisor: float) -> float:
+    """The alpha that gives exactly this scale when divided again, where a double can."""
+    alpha = scale * divisor
+    neighbours = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
+    return next((value for value in neighbours if value / divisor == scale), alpha)
 
 
 def _stored_tensors(

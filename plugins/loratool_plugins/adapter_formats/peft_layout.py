@@ -63,9 +63,8 @@ class Layout:
             "lora_alpha": _number(alpha),
             "lora_dropout": 0.0,
             "bias": "all" if self.biases else "none",
-            "fan_in_fan_out": any(
-                adapter.kinds.get(f"{module}.weight") == "conv1d" for module in ranks
-            ),
+            "fan_in_fan_out": any(adapter[name].transposed for name in self.low_rank)
+            or adapter.kinds.get(self.placeholder or "") == "conv1d",
             "inference_mode": True,
             "init_lora_weights": True,
             "modules_to_save": list(self.modules_to_save) or None,
@@ -73,19 +72,21 @@ class Layout:
             "alpha_pattern": _pattern(
                 {m: _number(a) for m, a in scales.items() if a != alpha}, ranks
             ),
-            "target_modules": _short_names(ranks, self._other_modules(adapter, ranks)),
+            "target_modules": self._target_modules(adapter, ranks),
             "use_dora": False,
-            "use_rslora": False,
+            "use_rslora": adapter.rslora,
         }
         if self.tied:
             config["ensure_weight_tying"] = True
         return config
 
-    def _other_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> set[str]:
+    def _target_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> list[str]:
+        """The targets, by the last part of their names where that means them and nothing else."""
+        if not adapter.kinds:  # the model is not known, only what the adapter says of it
+            return _known_short_names(ranks, adapter.short_targets)
         modules = {name.rpartition(".")[0] for name in _in_memory(adapter)}
-        return {
-            parent for module in modules for parent in _with_parents(module) if parent not in ranks
-        }
+        others = {parent for module in modules for parent in _with_parents(module)} - set(ranks)
+        return _short_names(ranks, others)
 
 
 def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[str]) -> Layout:
@@ -184,6 +185,13 @@ def _is_inside(module: str, saved: Iterable[str]) -> bool:
 def _any_linear(adapter: Adapter, inside: list[str]) -> str | None:
     linear = (n for n, kind in adapter.kinds.items() if kind in ("linear", "conv1d"))
     return next((n for n in linear if n in adapter.context and n not in inside), None)
+
+
+def _known_short_names(targets: Iterable[str], known: Mapping[str, frozenset[str]]) -> list[str]:
+    left = set(targets)
+    found = [name for name, modules in known.items() if modules <= left]
+    covered = {module for name in found for module in known[name]}
+    return sorted({*found, *(left - covered)})
 
 
 def _short_names(targets: Iterable[str], others: set[str]) -> list[str]:

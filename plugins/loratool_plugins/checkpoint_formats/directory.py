@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.errors import FormatError, InputError
+from loratool.json_files import MANIFEST, read_json
 
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
@@ -17,7 +17,7 @@ _WEIGHT_SUFFIXES = {
 # What a folder of settings holds, and nothing else: 1_Pooling, additional_chat_templates.
 _SETTINGS_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 # Beside a model's weights these would make transformers load the adapter on top of them.
-_ADAPTER_FILES = {"adapter_config.json", "loratool.json"}
+_ADAPTER_FILES = {"adapter_config.json", MANIFEST}
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,6 @@ def check_index(found: WeightFiles, holders: Mapping[str, str]) -> None:
                 f"{found.folder / name}: {tensor}: the index says that this file holds it, "
                 "but it does not; download index and file again"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError or FormatError naming the file otherwise."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: is not a JSON object")
-    return content
 
 
 def read_config(path: Path) -> dict[str, Any] | None:

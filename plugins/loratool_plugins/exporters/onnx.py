@@ -16,8 +16,9 @@ import torch
 
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES
-from loratool.engine import MANIFEST, manifest, single_threaded_tasks
+from loratool.engine import single_threaded_tasks
 from loratool.errors import InputError, Problem, UsageError, raise_problems
+from loratool.json_files import MANIFEST, manifest
 from loratool.plugins import option
 from loratool.reports import Report
 from loratool.writer import write_file, write_side_files

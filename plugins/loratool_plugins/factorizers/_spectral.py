@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # Singular values below this share of the largest are rounding of the fp32 delta: not kept.
 _NEGLIGIBLE = 1e-6
-# A share of the energy closer to 1 than this cannot be told from 1 in fp32.
-_SHARE_RESOLUTION = 1e-6
 # Norms in this range need no rescaling: neither squares nor products of blocks leave fp32.
 _SAFE_NORM = (2.0**-30, 2.0**30)
 # Columns a tile for products that are made twice, and elements a tile for fp64 copies.
@@ -236,29 +234,6 @@ def _projected(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return outside.mul_((after > _INSIDE * before)[:, None])
 
 
-def needed_rank(energies: torch.Tensor, limit: int, wanted: float | None) -> int | None:
-    """How many of the descending `energies` (k,) to keep.
-
-    Args:
-        energies: what each direction captures.
-        limit: keep at most this many.
-        wanted: keep the fewest that sum up to this (None: keep `limit`).
-
-    Returns:
-        The number, or None if `energies` has too few to tell.
-    """
-    reached = len(energies) if wanted is None else int((energies.cumsum(0) < wanted).sum())
-    fits = wanted is not None and reached < len(energies)
-    if fits and reached < limit:
-        return reached + 1
-    return limit if limit <= len(energies) else None
-
-
-def wanted_energy(share: float | None, total: float, margin: float = 0.0) -> float | None:
-    """`share` (with some `margin`) of `total`, as far as fp32 can tell it from the whole."""
-    return None if share is None else min(share + margin, 1 - _SHARE_RESOLUTION) * total
-
-
 def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Factorization:
     """Factorize through all eigenvectors of the fp64 Gram matrix of the shorter side.
 
@@ -275,8 +250,7 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     values, vectors = torch.linalg.eigh(gram)
     energies = values.flip(0).clamp_(min=0.0)
     target = replace(target, total=float(gram.trace()))
-    limit = policy.limit(target.shape)
-    rank = needed_rank(energies, limit, wanted_energy(policy.energy, target.total)) or limit
+    rank = policy.choose(energies, target.total, target.shape) or len(energies)
     left = vectors[:, -rank:].t()
     right = torch.cat([left @ tile for tile in target.tiles()], dim=1)
     return composed(target, left, right, policy, method="gram", steps=steps, slack=_FP64_SLACK)
@@ -312,9 +286,7 @@ def composed(
     values, vectors = torch.linalg.eigh(right @ right.t())
     energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
     usable = max(1, int((energies > _NEGLIGIBLE**2 * energies[0]).sum()))
-    limit = min(policy.limit(target.shape), usable)
-    wanted = wanted_energy(policy.energy, target.total)
-    rank = needed_rank(energies[:usable], limit, wanted) or usable
+    rank = policy.choose(energies[:usable], target.total, target.shape) or usable
     energies, vectors = energies[:rank], vectors[:, :rank]
     captured = float(energies.sum())
     bound = min(target.total, captured + missed) + slack * target.total

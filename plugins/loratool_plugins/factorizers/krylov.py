@@ -84,7 +84,7 @@ class Krylov:
             return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
         limit = policy.limit(target.shape)
         width = 16 if limit <= 16 else 32
-        least = limit if policy.energy is None else 1
+        least = limit if policy.is_fixed else 1
         if target.shape[0] < 2 * (least + _LEAST_BLOCKS * width):
             return spectral.gram_factorization(target, policy)
         if self._rounds(policy):
@@ -207,11 +207,7 @@ class Subspace:
         energies = values.flip(0).clamp_(min=0.0)
         margin = 0.0 if self._target.rounded is None else _BF16_MARGIN
         total = self._target.total
-        rank = spectral.needed_rank(
-            energies,
-            self._policy.limit(self._target.shape),
-            spectral.wanted_energy(self._policy.energy, total, margin),
-        )
+        rank = self._policy.choose(energies, total, self._target.shape, margin)
         missed = max(0.0, total - float(energies.sum()))
         self._judgements.append(Judgement(energies, vectors.flip(1), rank, missed))
         self._judged_size = self.size
@@ -255,9 +251,8 @@ class Subspace:
         right = self._target.image(left.float()).double()
         captured = float(right.square().sum())
         target = self._target
-        wanted = spectral.wanted_energy(self._policy.energy, target.total)
         capped = now.rank == self._policy.limit(target.shape)
-        if wanted is not None and captured < wanted and not capped:
+        if captured < self._policy.wanted(target.total) and not capped:
             return None
         fast = target.rounded is not None
         if fast and target.total - captured < _NEARLY_LOW_RANK * target.total:

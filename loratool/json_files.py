@@ -1,0 +1,31 @@
+"""JSON files: configurations that are read, and the manifest that loratool writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratool.errors import FormatError, InputError
+from loratool.reports import to_json
+
+MANIFEST = "loratool.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError or FormatError naming the file otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: is not a JSON object")
+    return content
+
+
+def manifest(data: Mapping[str, Any]) -> bytes:
+    """A manifest's bytes."""
+    return f"{to_json(data, indent=1)}\n".encode()
