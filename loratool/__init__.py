@@ -8,7 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratool.api import export, extract, merge, validate
+    from loratool.api import (
+        export,
+        extract,
+        inspect,
+        merge,
+        rescale,
+        stack,
+        switch,
+        unmerge,
+        validate,
+    )
     from loratool.errors import LoratoolError
     from loratool.opening import open_adapter, open_checkpoint
 
@@ -16,9 +26,14 @@ __all__ = [
     "LoratoolError",
     "export",
     "extract",
+    "inspect",
     "merge",
     "open_adapter",
     "open_checkpoint",
+    "rescale",
+    "stack",
+    "switch",
+    "unmerge",
     "validate",
 ]
 

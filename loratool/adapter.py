@@ -76,6 +76,8 @@ class LazyUpdate:
         transposed: whether the base stores this weight as (in, out) (GPT-2's Conv1D).
             None: the file does not say.
         stored: the tensors that it is made of as they lie in the file, for validation.
+        beneath: the adapter's own copy of the tensor that a low-rank update is added to, which
+            PEFT keeps for embeddings and heads; it must be the base's.
     """
 
     name: str
@@ -87,6 +89,7 @@ class LazyUpdate:
     origin: str = ""
     transposed: bool | None = None
     stored: tuple[LazyTensor, ...] = ()
+    beneath: LazyTensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -103,12 +106,18 @@ class Provenance:
         done: "Extracted", when it is done.
         sentence: the model card's first sentence.
         lines: more lines for the report; called after draining.
+        skipped: what an update without anything to write is: "unchanged".
+        nothing: the error if there is nothing to write at all.
+        lost: ||delta||_F^2 of updates that are left out; called after draining.
     """
 
     doing: str
     done: str
     sentence: str
     lines: Callable[[], tuple[str, ...]] = tuple
+    skipped: str = "unchanged"
+    nothing: str = "base and fine-tune are identical: there is nothing to extract"
+    lost: Callable[[], float] = float
 
 
 _READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")

@@ -18,12 +18,20 @@ from typing import Any, TypeVar
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain, save_adapter, save_checkpoint
-from loratool.opening import open_adapter, open_checkpoint
+from loratool.inplace import complete
+from loratool.opening import open_adapter, open_any, open_checkpoint
 from loratool.reports import Report
+from loratool.restoring import RestoredCheckpoint
 from loratool.steps.export import Export, LazyExport
 from loratool.steps.extract import Extract
+from loratool.steps.inspect import Inspect
 from loratool.steps.merge import Merge, MergedCheckpoint
+from loratool.steps.rescale import Rescale
+from loratool.steps.stack import Stack
+from loratool.steps.switch import Switch
+from loratool.steps.unmerge import Unmerge
 from loratool.steps.validate import Validate
+from loratool.subtraction import SubtractedCheckpoint
 
 CheckpointLike = str | Path | Checkpoint
 AdapterLike = str | Path | Adapter
@@ -45,15 +53,27 @@ class LazyAdapter(Adapter):
         return save_adapter(self, Path(path), Drain(executor, overwrite), format)
 
 
-@dataclass(frozen=True)
-class LazyModel(MergedCheckpoint):
-    """A merged checkpoint that is computed while it is saved."""
-
+class _Saved(Checkpoint):
     def save(
         self, path: str | Path, *, overwrite: bool = False, executor: str = "threads"
     ) -> Report:
         """Compute and write it; see `loratool.engine.save_checkpoint` for the errors."""
         return save_checkpoint(self, Path(path), Drain(executor, overwrite))
+
+
+@dataclass(frozen=True)
+class LazyModel(_Saved, MergedCheckpoint):
+    """A merged checkpoint that is computed while it is saved."""
+
+
+@dataclass(frozen=True)
+class LazyBase(_Saved, RestoredCheckpoint):
+    """A base that is restored from a merged model while it is saved."""
+
+
+@dataclass(frozen=True)
+class LazyDifference(_Saved, SubtractedCheckpoint):
+    """A merged model that adapters are subtracted from while it is saved."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,10 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     architecture: str = "",
+    rounding: str = "nearest",
+    seed: int = 0,
+    reversible: bool = False,
+    embed_adapter: bool = True,
 ) -> LazyModel:
     """The base with adapters worked into its weights, lazily.
 
@@ -137,13 +161,163 @@ def merge(
         dtype: of the merged model: "bf16", ...; None for the base's.
         max_shard_size: start a new file beyond this size ("5GB"); None for the base's files.
         architecture: model class or type, where config.json does not say.
+        rounding: "nearest", or "stochastic".
+        seed: of stochastic rounding.
+        reversible: keep a record from which `unmerge` restores the base's bits.
+        embed_adapter: keep the adapters themselves in it, not only their digests.
 
     Raises:
         InputError: a file cannot be read.
         MismatchError: an adapter does not fit the base; all complaints at once.
     """
-    step = Merge(dtype, max_shard_size, architecture)
+    step = Merge(dtype, max_shard_size, architecture, rounding, seed, reversible, embed_adapter)
     return _as(LazyModel, step.run(_checkpoint(base), _weighted(adapters)))
+
+
+def unmerge(
+    merged: CheckpointLike,
+    adapters: Sequence[tuple[AdapterLike, float]] = (),
+    base: CheckpointLike | None = None,
+    *,
+    only: Sequence[str] = (),
+) -> LazyBase | LazyModel | LazyDifference:
+    """A merged model without its adapters, lazily: to the bit with a record, else approximately.
+
+    Args:
+        merged: the merged model.
+        adapters: (adapter, weight) pairs to take out; with a record, none for all of the last
+            merge.
+        base: without a record: the base to compare the result with.
+        only: take out only these, by their names in the record.
+
+    Returns:
+        The base; with adapters left, the base merged with these again; without a record, the
+        merged model with the adapters subtracted.
+
+    Raises:
+        InputError: a file cannot be read, there is neither a record nor an adapter, or the record
+            or the model was changed after the merge.
+        MismatchError: an adapter was not merged, or with another weight.
+    """
+    opened = None if base is None else _checkpoint(base)
+    found = Unmerge(tuple(only)).run(_checkpoint(merged), _weighted(adapters), opened)
+    if isinstance(found, RestoredCheckpoint):
+        return _as(LazyBase, found)
+    return _as(LazyModel if isinstance(found, MergedCheckpoint) else LazyDifference, found)
+
+
+def switch(merged: str | Path, to: Sequence[tuple[AdapterLike, float]]) -> Report:
+    """Put other adapters in the place of the merged ones, in the model's own files, now.
+
+    An earlier switch of this model that was killed half-way is completed first.
+
+    Args:
+        merged: a model that was merged with `reversible`.
+        to: (adapter, weight) pairs.
+
+    Raises:
+        InputError: the model has no record, was changed after the merge, or shares its files.
+        MismatchError: an adapter does not fit the base.
+        OutputError: the place is not writable, too small, or in use.
+    """
+    complete(Path(merged))
+    return Switch().run(_checkpoint(merged), _weighted(to)).apply(Drain())
+
+
+def rescale(
+    adapter: AdapterLike,
+    *,
+    by: float | None = None,
+    alpha: float | None = None,
+    keep_delta: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    budget: str | None = None,
+    normalize: bool = False,
+    balance: bool = False,
+    dtype: str | None = None,
+) -> LazyAdapter:
+    """An adapter with another strength, alpha, rank, size or layout, lazily.
+
+    Args:
+        adapter: the adapter.
+        by: multiply the delta by this; a negative sign goes into B.
+        alpha: another alpha for every update, under the adapter's own convention.
+        keep_delta: with `alpha`: divide B, so that the delta stays the same.
+        rank: keep at most this rank of every update.
+        energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
+        ratio: keep the singular values of at least the largest divided by this.
+        budget: bytes of all factors together ("20MiB"), spent where they capture most.
+        normalize: one rank for all, alpha = rank, no patterns.
+        balance: make A and B equally long.
+        dtype: of the factors: "fp16", ...; None for theirs.
+
+    Raises:
+        InputError: the adapter cannot be read or has no low-rank updates, or the budget is smaller
+            than the least that can be written.
+        MismatchError: the adapter's files contradict themselves; all complaints at once.
+        UsageError: an option's value makes no sense, or two contradict each other.
+    """
+    step = Rescale(by, alpha, keep_delta, rank, energy, ratio, budget, normalize, balance, dtype)
+    return _as(LazyAdapter, step.run(_adapter(adapter)))
+
+
+def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = False) -> Report:
+    """What an adapter or a checkpoint is made of; `data` is always complete.
+
+    Args:
+        ref: the adapter or checkpoint.
+        deep: read a checkpoint's values, too: norms and digests.
+        all: list every module in the report's table, not only the largest.
+
+    Raises:
+        InputError: it cannot be read.
+        FormatError: no format recognises it.
+    """
+    opened = ref if isinstance(ref, Adapter | Checkpoint) else open_any(ref)
+    return Inspect(deep, all).run(opened)
+
+
+def stack(
+    adapters: Sequence[tuple[AdapterLike, float]],
+    base: CheckpointLike | None = None,
+    *,
+    combiner: str = "total",
+    weights: Sequence[str] = (),
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    dtype: str | None = None,
+    factorizer: str = "krylov",
+    seed: int = 0,
+) -> LazyAdapter:
+    """Several adapters as one, lazily: by default their exact weighted sum.
+
+    Args:
+        adapters: (adapter, weight) pairs; a weight of 0 leaves an adapter out.
+        base: the base model, where the adapters name its weights differently.
+        combiner: "total", or another plugin's name, with options ("ties:density=0.5").
+        weights: "GLOB=W" or "ADAPTER:GLOB=W": multiply the weight of matching tensors or modules,
+            of all adapters or of one; the last match counts. An adapter is called by the last part
+            of its path (by more parts where that is not unique), a computed one #1, #2, ... by its
+            position.
+        rank: recompress every update to this rank at most.
+        energy: recompress to the smallest rank that keeps this share of ||delta||^2, in (0, 1].
+        ratio: recompress to the singular values of at least the largest divided by this.
+        dtype: of the factors: "fp32", "bf16", ...; None for the adapters', or fp32 where that keeps
+            a sum exact.
+        factorizer: how dense combinations are factorized, with options.
+        seed: of combiners and factorizers that draw random numbers.
+
+    Raises:
+        InputError: a file cannot be read, or nothing is left.
+        MismatchError: the adapters do not belong together.
+        UsageError: an option's value makes no sense.
+    """
+    step = Stack(combiner, tuple(weights), rank, energy, ratio, dtype, factorizer, seed)
+    opened = None if base is None else _checkpoint(base)
+    return _as(LazyAdapter, step.run(_weighted(adapters), opened))
 
 
 def export(

@@ -9,15 +9,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.digests import TensorDigest
 from loratool.dtypes import itemsize
 from loratool.reports import Report, counted, format_bytes
 
 if TYPE_CHECKING:
     import torch
+
+
+# Directories of loratool inside a model's: the record of a merge, and a switch at work.
+RECORD = "loratool-record"
+SWITCH = ".loratool-switch"
+SWITCH_COMMIT = f"{SWITCH}/commit.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,13 @@ class LazyTensor:
         parts = [block.clone() for block in self.blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def digest(self) -> str:
+        """The digest of its values (`loratool.digests`)."""
+        digest = TensorDigest(self.dtype, self.shape)
+        for block in self.blocks():
+            digest.update(block)
+        return digest.hexdigest()
+
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another name."""
         return replace(self, name=name)
@@ -89,6 +104,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         aliases: names that share the storage of another tensor -> that tensor's name.
         notes: what the user should hear about how it was opened.
         path: where it was opened, or None if it was computed.
+        index_files: files that say which file holds which tensor, as they lie beside the weights.
+        headers: the exact safetensors header to write, by file name, where there is one to keep.
+        record: the files of the record of what was merged into it (`loratool.record`), by name
+            relative to its directory.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -99,6 +118,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     path: Path | None = None
+    index_files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    record: Mapping[str, Path] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -118,6 +140,25 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def label(self) -> str:
         """How messages call it."""
         return str(self.path) if self.path is not None else "<computed checkpoint>"
+
+    def check(self, name: str, digest: str) -> None:
+        """Raise InputError if a tensor is known to have another digest; here, none is."""
+
+    def known_digest(self, name: str) -> str | None:
+        """The digest that a tensor must have, where it is known without reading it."""
+        return None
+
+    @property
+    def disk_bytes(self) -> int:
+        """About the bytes that writing it takes."""
+        return self.nbytes
+
+    def beside(self, folder: Path) -> AbstractContextManager[Callable[[str], None]]:
+        """Write what belongs beside the tensors while they are written to `folder`.
+
+        Yields what is to be called with each tensor's name once it is written, in order.
+        """
+        return nullcontext(lambda name: None)
 
     def report(self, target: Path | str) -> Report:
         """What was written to `target`; call it after draining."""

@@ -8,14 +8,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import blake3
 import torch
 
 from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
-from loratool.digests import TensorDigest, combine_digests
+from loratool.digests import combine_digests
 from loratool.errors import InputError
-from loratool.linalg import Factorizer, RankPolicy, Workspace, is_finite, tiles
+from loratool.linalg import (
+    Factorizer,
+    RankPolicy,
+    Workspace,
+    is_finite,
+    named_generator,
+    tiles,
+)
 from loratool.lowrank import rounded_factors
 
 
@@ -67,8 +73,9 @@ class DeltaReader:
             return None
         before, after = base.read(), tuned.read()
         delta = self._delta(before, after)
+        generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factorizer.factorize(delta, self._policy, self._generator(tuned.name))
+            found = self._factorizer.factorize(delta, self._policy, generator)
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
         a, b = found.a, found.b
@@ -101,18 +108,10 @@ class DeltaReader:
         return self._digest("base", base) == self._digest("tuned", tuned)
 
     def _digest(self, side: str, tensor: LazyTensor) -> str:
-        digest = TensorDigest(tensor.dtype, tensor.shape)
-        for block in tensor.blocks():
-            digest.update(block)
         if side == "tuned" and len(tensor.shape) > 1:
             self._matrices.add(tensor.name)
-        found = self._digests[side][tensor.name] = digest.hexdigest()
+        found = self._digests[side][tensor.name] = tensor.digest()
         return found
-
-    def _generator(self, name: str) -> torch.Generator:
-        """Random numbers that depend on seed and name, not on the order of work."""
-        digest = blake3.blake3(f"{self._seed}\0{name}".encode()).digest(8)
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""

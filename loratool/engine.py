@@ -122,10 +122,15 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> Repor
         OutputError: the output place is taken or too small.
     """
     executor = plugins.create("executors", drain.executor)
-    with atomic_directory(target, drain.overwrite, checkpoint.nbytes) as folder:
+    with atomic_directory(target, drain.overwrite, checkpoint.disk_bytes) as folder:
         drain.start("Writing", checkpoint.nbytes)
-        with single_threaded_tasks():
-            write_checkpoint(checkpoint, folder, executor, drain.progress)
+        with single_threaded_tasks(), checkpoint.beside(folder) as done:
+
+            def progress(name: str, size: int) -> None:
+                done(name)
+                drain.progress(name, size)
+
+            write_checkpoint(checkpoint, folder, executor, progress)
     return checkpoint.report(target)
 
 

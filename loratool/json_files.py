@@ -16,13 +16,20 @@ MANIFEST = "loratool.json"
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError or FormatError naming the file otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, label: str) -> dict[str, Any]:
+    """A JSON object from UTF-8 bytes; FormatError naming `label` otherwise."""
+    try:
+        content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON ({error})") from error
+        raise FormatError(f"{label}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise FormatError(f"{path}: is not a JSON object")
+        raise FormatError(f"{label}: is not a JSON object")
     return content
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import blake3
+
 from loratool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -197,6 +199,20 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return bool(tile.isfinite().all())
 
     return all(finite(flat[part]) for part in tiles(flat))
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape hold equal numbers, whatever their types; tile by tile."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    return all(bool((one[part].double() == other[part].double()).all()) for part in tiles(one))
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on a seed and a tensor's name, not on the order of work."""
+    import torch
+
+    digest = blake3.blake3(f"{seed}\0{name}".encode()).digest(8)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def squared_norm(tensor: torch.Tensor) -> float:

@@ -21,6 +21,8 @@ from loratool.linalg import Certificate, Factorization, RankPolicy
 _FP64_SLACK = 1e-12
 # Singular values below this share of the largest are rounding of fp64 products.
 _NEGLIGIBLE = 1e-14
+# Elements between 2^-n and 2^n have squares, and sums of products of squares, well inside fp64.
+_SAFE_EXPONENT = 200
 
 
 class Product(NamedTuple):
@@ -44,9 +46,10 @@ def weighted(update: LowRank, weight: float = 1.0) -> Product:
 
 def concatenated(parts: Sequence[Product]) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum as one product, in fp64: B (out, R) with all factors folded in, A (R, in)."""
-    b = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
-    a = torch.cat([part.a.double() for part in parts], dim=0)
-    return b, a
+    factors = [part.factor for part in parts for _ in range(part.b.shape[1])]
+    b = torch.cat([part.b for part in parts], dim=1).double()
+    b.mul_(torch.tensor(factors, dtype=torch.float64))
+    return b, torch.cat([part.a for part in parts], dim=0).double()
 
 
 def inner(one: Sequence[Product], other: Sequence[Product]) -> float:
@@ -73,15 +76,43 @@ def decompose(
         U (out, k), sigma (k,) descending, V^T (k, in), fp64, k = min(R, out, in); singular values
         that are rounding alone, and their vectors, are left out, but one is always kept.
     """
-    b, a = concatenated(parts)
-    # A power of two that brings tiny and huge factors to where fp64 squares are safe.
-    shift_b, shift_a = (-_exponent(factor) for factor in (b, a))
-    q_b, r_b = torch.linalg.qr(torch.ldexp(b, torch.tensor(shift_b)))
-    q_a, r_a = torch.linalg.qr(torch.ldexp(a, torch.tensor(shift_a)).T)
+    q_b, u, sigma, v, q_a = _core(parts)
+    return q_b @ u, sigma, v @ q_a.T
+
+
+def _core(
+    parts: Sequence[Product],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q_B U, sigma and V Q_A^T of `decompose` before the large products are made."""
+    b, a, shift = _shifted(parts)
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept = max(1, int((sigma > _NEGLIGIBLE * sigma[0]).sum()))
-    sigma = torch.ldexp(sigma[:kept], torch.tensor(-shift_b - shift_a))
-    return q_b @ u[:, :kept], sigma, v[:kept] @ q_a.T
+    kept = _significant(sigma)
+    return q_b, u[:, :kept], torch.ldexp(sigma[:kept], shift), v[:kept], q_a
+
+
+def singular_values(parts: Sequence[Product]) -> torch.Tensor:
+    """The singular values of a sum of products, as `decompose` gives them, without vectors."""
+    b, a, shift = _shifted(parts)
+    r_b, r_a = (torch.linalg.qr(factor, mode="r").R for factor in (b, a.T))
+    sigma = torch.linalg.svdvals(r_b @ r_a.T)
+    return torch.ldexp(sigma[: _significant(sigma)], shift)
+
+
+def _shifted(parts: Sequence[Product]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """B and A, times powers of two where fp64 squares would not be safe, and what undoes them."""
+    b, a = concatenated(parts)
+    exponents = [_exponent(factor) for factor in (b, a)]
+    if max(map(abs, exponents)) <= _SAFE_EXPONENT:
+        return b, a, torch.tensor(0)
+    b, a = (torch.ldexp(f, torch.tensor(-n)) for f, n in zip((b, a), exponents, strict=True))
+    return b, a, torch.tensor(sum(exponents))
+
+
+def _significant(sigma: torch.Tensor) -> int:
+    """How many descending singular values are more than rounding; at least 1."""
+    return max(1, int((sigma > _NEGLIGIBLE * sigma[0]).sum()))
 
 
 def _exponent(tensor: torch.Tensor) -> int:
@@ -100,17 +131,17 @@ def compress(parts: Sequence[Product], policy: RankPolicy | None) -> Factorizati
         Balanced factors in fp64 and a certificate whose error is that of the truncation. A zero
         sum gives rank 1 with zero factors.
     """
-    u, sigma, v = decompose(parts)
+    q_b, u, sigma, v, q_a = _core(parts)
     energies = sigma.square()
     total = float(energies.sum())
-    shape = (u.shape[0], v.shape[1])
+    shape = (q_b.shape[0], q_a.shape[0])
     rank = len(sigma) if policy is None else policy.choose(energies, total, shape) or len(sigma)
     captured = float(energies[:rank].sum())
     root = sigma[:rank].sqrt()
     bound = min(total, captured) * (1 + _FP64_SLACK)
     return Factorization(
-        a=root[:, None] * v[:rank],
-        b=u[:, :rank] * root,
+        a=(root[:, None] * v[:rank]) @ q_a.T,
+        b=q_b @ (u[:, :rank] * root),
         sigma=sigma[:rank],
         certificate=Certificate(rank, total, captured, optimum_bound=bound, method="qr"),
     )
@@ -127,7 +158,8 @@ def rounded_factors(
 ) -> LowRank:
     """Round factors to a safetensors dtype, and add what that costs to the certificate.
 
-    ||B A - B' A'||^2 is a trace of products of the small Gram matrices of [B, B'] and [A; -A'].
+    B A - B' A' = (B - B') A + B' (A - A') is a product of rank 2 r, whose norm is a trace of small
+    Gram matrices: no cancellation, and exactly 0 where nothing is rounded.
 
     Args:
         a: (r, in).
@@ -138,8 +170,31 @@ def rounded_factors(
     """
     kind = torch_dtype(dtype)
     a_rounded, b_rounded = a.to(kind), b.to(kind)
-    columns = torch.cat([b.double(), b_rounded.double()], dim=1)
-    rows = torch.cat([a.double(), -a_rounded.double()], dim=0)
+    exact_a, exact_b = a.double(), b.double()
+    columns = torch.cat([exact_b - b_rounded.double(), b_rounded.double()], dim=1)
+    rows = torch.cat([exact_a, exact_a - a_rounded.double()], dim=0)
     lost = float(((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0))
     certificate = replace(certificate, rounding=certificate.rounding + lost * scale**2)
     return LowRank(a_rounded.contiguous(), b_rounded.contiguous(), scale, certificate)
+
+
+def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with every row of A as long as its column of B, in fp64.
+
+    The norms of A and B are then equal too. The rank-one components stay what they are; one that is
+    zero on either side is left alone, since only zeros could balance it.
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+    """
+    a, b = a.double(), b.double()
+    rows, columns = torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=0)
+    factor = torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), torch.ones(()))
+    return a / factor[:, None], b * factor
+
+
+def padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with rows of A (r, in) and columns of B (out, r) of zeros up to `rank`."""
+    missing = rank - a.shape[0]
+    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))

@@ -11,22 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
-
-_TILE_ELEMENTS = 1 << 17  # an fp64 tile of 1 MiB: a few of them stay in the L2 cache
-
-# dtype -> (bits of the significand with the hidden one, exponent of the smallest subnormal)
-_PRECISION = {
-    "F32": (24, -149),
-    "F16": (11, -24),
-    "BF16": (8, -133),
-    "F8_E4M3": (4, -9),
-    "F8_E5M2": (3, -16),
-}
+from loratool.linalg import is_finite, tiles
+from loratool.rounding import TILE_ELEMENTS, Nearest, SumRounder
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,15 @@ class ExactDelta:
 
     left: torch.Tensor
     right: torch.Tensor
+
+    def rows(self, rows: slice, out: torch.Tensor) -> None:
+        """Write some of the delta's rows to `out`, fp64."""
+        torch.mm(self.left[rows], self.right, out=out)
+
+    def squared_norm(self) -> float:
+        """||delta||_F^2."""
+        grams = (self.left.T @ self.left) * (self.right @ self.right.T)
+        return max(0.0, float(grams.sum()))
 
 
 def exact_delta(parts: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> ExactDelta:
@@ -67,75 +67,6 @@ def _fixed_point(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return torch.ldexp(torch.ldexp(values, shift).round(), -shift)
 
 
-class _Rounder:
-    """Rounds fp64 tiles to a narrower type, once, to nearest, ties to even; reuses its buffers."""
-
-    def __init__(self, dtype: str, elements: int) -> None:
-        self._bits, self._lowest = _PRECISION[dtype]
-        self._magic = torch.empty(elements, dtype=torch.int64)
-        self._rounded = torch.empty(elements, dtype=torch.float64)
-        self._off = torch.empty(elements, dtype=torch.float64)
-
-    def round(self, total: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Round weight + delta; `total` is their fp64 sum. All three are flat and of one size.
-
-        Adding and subtracting 1.5 * 2^52 units in the last place of the narrow type leaves the
-        multiple of that unit nearest to the sum, in one fp64 rounding. Where `total` had been
-        rounded to exactly half way between two such multiples, the rest that fp64 had to drop
-        decides instead.
-        """
-        size = total.numel()
-        magic, rounded = self._magic[:size], self._rounded[:size]
-        torch.bitwise_and(total.view(torch.int64), 0x7FF << 52, out=magic)
-        magic.clamp_(min=(self._lowest + self._bits - 1 + 1023) << 52)  # subnormals share a unit
-        magic.add_(((53 - self._bits) << 52) | (1 << 51))
-        shifter = magic.view(torch.float64)
-        torch.add(total, shifter, out=rounded)
-        rounded.sub_(shifter)
-        self._break_ties(total, weight, delta, rounded, shifter)
-        return torch.copysign(rounded, total, out=rounded)  # -0 stays -0
-
-    def _break_ties(
-        self,
-        total: torch.Tensor,
-        weight: torch.Tensor,
-        delta: torch.Tensor,
-        rounded: torch.Tensor,
-        shifter: torch.Tensor,
-    ) -> None:
-        unit = shifter  # 1.5 * 2^52 units; a tie is off by half a unit: 2^-53 / 1.5 of it
-        off = torch.sub(total, rounded, out=self._off[: total.numel()])
-        ties = off.abs_().mul_(1.5 * 2.0**53).eq(unit)
-        if not bool(ties.any()):
-            return
-        where = ties.nonzero().squeeze(1)
-        s, w, d, r = total[where], weight[where], delta[where], rounded[where]
-        part = s - w  # TwoSum (Knuth, TAOCP 2, section 4.2.2): rest = w + d - s, exactly
-        rest = (w - (s - part)) + (d - part)
-        half = shifter[where] * (2.0**-53 / 1.5)
-        rounded[where] = torch.where(rest == 0, r, s + torch.copysign(half, rest))
-
-
-def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Round fp64 `values` once to a safetensors dtype, to nearest, ties to even.
-
-    torch casts fp64 to bf16, fp16 and fp8 through fp32, which rounds twice.
-    """
-    flat = values.reshape(-1)
-    if dtype != "F64":
-        zero = torch.zeros_like(flat)
-        flat = _Rounder(dtype, flat.numel()).round(flat, flat, zero)
-    return narrow(flat, dtype).view(values.shape)
-
-
-def narrow(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Cast fp64 values that `dtype` can represent; the detour over fp32 is then exact."""
-    if dtype == "F64":
-        return values.clone()
-    single = values.to(torch.float32)
-    return single if dtype == "F32" else single.to(torch_dtype(dtype))
-
-
 @dataclass
 class Survival:
     """How much of an update survived rounding: <after - before, delta> and ||delta||^2 in fp64."""
@@ -144,62 +75,115 @@ class Survival:
     wanted: float = 0.0
 
 
+class Witness(Protocol):
+    """Sees every tile of a merge, to remember the way back."""
+
+    def see(
+        self, base: torch.Tensor, merged: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor
+    ) -> None:
+        """Look at the next tile; it must not be changed.
+
+        Args:
+            base: the base's values, in their type.
+            merged: (n,), the merged values, in theirs.
+            exact: (n,), the merged values in fp64.
+            delta: (n,), what was added to the base, in fp64.
+        """
+        ...
+
+
 def merged_blocks(
-    weight: torch.Tensor, delta: ExactDelta, dtype: str, survival: Survival, name: str
+    weight: torch.Tensor,
+    delta: ExactDelta,
+    dtype: str,
+    survival: Survival,
+    name: str,
+    rounder: SumRounder | None = None,
+    witness: Witness | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield round(weight + delta) tile by tile along axis 0.
+    """Yield round(weight + delta) tile by tile along axis 0, each in a buffer that is reused.
 
     Args:
         weight: (rows, columns), any float dtype; read once, never written.
         delta: a product of the same shape.
         dtype: the safetensors dtype of the result.
-        survival: is added to.
+        survival: is set.
         name: what errors call the tensor.
+        rounder: how to round to `dtype`; to nearest by default.
+        witness: sees every tile. With it, values that are not finite are kept, all NaN as one.
 
     Raises:
         InputError: NaN or Inf in the weight, or a result that overflows `dtype`.
     """
-    rows, columns = weight.shape
-    step = max(1, _TILE_ELEMENTS // max(1, columns))
-    elements = min(step, rows) * columns
-    rounder = None if dtype == "F64" else _Rounder(dtype, elements)
+    survival.kept, survival.wanted = 0.0, delta.squared_norm()
+    elements = tile_elements(weight)
+    rounder = rounder or Nearest(dtype, elements)
     buffers = [torch.empty(elements, dtype=torch.float64) for _ in range(3)]
-    for start in range(0, rows, step):
-        tile = weight[start : start + step]
-        size = tile.numel()
-        w, d, s = (buffer[:size] for buffer in buffers)
+    for rows in tiles(weight, TILE_ELEMENTS):
+        tile = weight[rows]
+        w, d, s = (buffer[: tile.numel()] for buffer in buffers)
         w.view(tile.shape).copy_(tile)
-        torch.mm(delta.left[start : start + step], delta.right, out=d.view(tile.shape))
+        delta.rows(rows, d.view(tile.shape))
         torch.add(w, d, out=s)
-        rounded = s if rounder is None else rounder.round(s, w, d)
-        _check_finite(rounded, w, name, dtype)
-        result = narrow(rounded, dtype)
-        survival.wanted += float(torch.dot(d, d))
-        survival.kept += float(torch.dot(rounded.sub_(w), d))
+        result = rounder.round(s, w, d)
+        exact = s.copy_(result)
+        kept = float(torch.dot(w.neg_().add_(exact), d))
+        if not math.isfinite(kept):
+            if witness is None:
+                raise _not_finite(tile, name, dtype)
+            result.masked_fill_(exact.isnan(), math.nan)
+            exact.copy_(result)
+            kept = float(torch.dot(w.nan_to_num_(0.0, 0.0, 0.0), d))
+        survival.kept += kept
+        if witness is not None:
+            witness.see(tile, result, exact, d)
         yield result.view(tile.shape)
 
 
-def rounded_blocks(values: torch.Tensor, dtype: str, name: str) -> Iterator[torch.Tensor]:
-    """Yield `values` rounded once to `dtype`, tile by tile along axis 0.
+def subtracted_tiles(
+    merged: torch.Tensor, delta: ExactDelta, dtype: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (merged, round(merged - delta)) tile by tile along axis 0, for values of any kind.
 
-    Raises:
-        InputError: a finite value overflows `dtype`.
+    Args:
+        merged: (rows, columns), any float dtype.
+        delta: a product of the same shape.
+        dtype: the safetensors dtype of the result.
     """
-    flat = values.reshape(-1)
-    for start in range(0, flat.numel(), _TILE_ELEMENTS):
-        tile = flat[start : start + _TILE_ELEMENTS]
-        result = round_to(tile.double(), dtype)
-        if bool((torch.isfinite(tile.float()) & ~torch.isfinite(result.float())).any()):
-            raise InputError(f"{name}: its values overflow {dtype}; choose a wider --dtype")
-        yield result
+    elements = tile_elements(merged)
+    subtraction = Subtraction(dtype, elements)
+    m, d = (torch.empty(elements, dtype=torch.float64) for _ in range(2))
+    for rows in tiles(merged, TILE_ELEMENTS):
+        tile = merged[rows]
+        exact, part = m[: tile.numel()], d[: tile.numel()]
+        exact.view(tile.shape).copy_(tile)
+        delta.rows(rows, part.view(tile.shape))
+        yield tile, subtraction.round(exact, part).view(tile.shape)
 
 
-def _check_finite(rounded: torch.Tensor, weight: torch.Tensor, name: str, dtype: str) -> None:
-    if not rounded.numel():
-        return
-    low, high = torch.aminmax(rounded)  # one pass, and NaN comes through
-    if max(-float(low), float(high)) <= torch.finfo(torch_dtype(dtype)).max:
-        return
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"{name}: the base holds NaN or Inf; a merge would keep it: repair it")
-    raise InputError(f"{name}: the merged values overflow {dtype}; choose a wider --dtype")
+class Subtraction:
+    """round(merged - delta), to nearest, the same on every machine; reuses its buffers."""
+
+    def __init__(self, dtype: str, elements: int) -> None:
+        self._rounder = Nearest(dtype, elements)
+        self._total = torch.empty(elements, dtype=torch.float64)
+
+    def round(self, merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Round merged - delta, both (n,) fp64; a buffer that the next call overwrites."""
+        total = torch.sub(merged, delta, out=self._total[: merged.numel()])
+        result = self._rounder.round(total, merged, delta, sign=-1)
+        if not math.isfinite(float(merged.sum())):
+            result = result.masked_fill(total.isnan(), math.nan)  # NaN have many bit patterns
+        return result
+
+
+def tile_elements(matrix: torch.Tensor) -> int:
+    """The size of the largest tile of a matrix."""
+    rows, columns = matrix.shape
+    return min(rows, max(1, TILE_ELEMENTS // max(1, columns))) * columns
+
+
+def _not_finite(weight: torch.Tensor, name: str, dtype: str) -> InputError:
+    if not is_finite(weight):
+        return InputError(f"{name}: the base holds NaN or Inf; a merge would keep it: repair it")
+    return InputError(f"{name}: the merged values overflow {dtype}; choose a wider --dtype")

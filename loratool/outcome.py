@@ -58,12 +58,12 @@ class Outcome:
                 "only tensors that low-rank factors cannot express have changed "
                 f"({', '.join(list(self.left_out)[:4])}, ...); leave --lora-only out"
             )
-        raise InputError("base and fine-tune are identical: there is nothing to extract")
+        raise InputError(self.adapter.provenance.nothing)
 
     @property
     def energy(self) -> float:
         """Share of the squared norm of all low-rank deltas together that was captured."""
-        total = sum(c.total for c in self.low_rank.values())
+        total = sum(c.total for c in self.low_rank.values()) + self.adapter.provenance.lost()
         return sum(c.captured for c in self.low_rank.values()) / total if total > 0 else 1.0
 
     def data(self, size: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Outcome:
             "totals": {
                 "low_rank": len(self.low_rank),
                 "replaced": len(self.replaced),
-                "unchanged": self.unchanged,
+                self.adapter.provenance.skipped.replace(" ", "_"): self.unchanged,
                 "energy": self.energy,
                 "bytes": size,
             },
@@ -105,12 +105,16 @@ class Outcome:
         lines = [
             f"{counted(len(self.low_rank), 'low-rank update')}, "
             f"{counted(len(self.replaced), 'tensor')} kept whole"
-            + (f", {self.unchanged} unchanged" if self.unchanged else ""),
+            + (f", {self.unchanged} {self.adapter.provenance.skipped}" if self.unchanged else ""),
             f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
         ]
         tuned = data.get("finetuned", {}).get("bytes")
-        share = f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
-        lines.append(f"size: {format_bytes(size)}{share if tuned else ''}")
+        share = (
+            f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
+            if tuned
+            else ""
+        )
+        lines.append(f"size: {format_bytes(size)}{share}")
         if self.adapter.dropped:
             lines.append(
                 f"{len(self.adapter.dropped)} tensors of the base are not in the fine-tuned model "
@@ -131,10 +135,15 @@ class Outcome:
 
     def _table(self) -> Table:
         rows = [
-            (name, str(c.rank), format_share(c.energy), f"{c.relative_error:.4f}")
+            (name, str(c.rank), format_share(c.energy), _error(c.relative_error))
             for name, c in self.low_rank.items()
         ]
         return Table(("tensor", "rank", "energy", "relative error"), tuple(rows))
+
+
+def _error(error: float) -> str:
+    """Four places, or the magnitude of what would show as 0."""
+    return f"{error:.4f}" if error >= 5e-5 or error == 0 else f"{error:.1e}"
 
 
 def _norm(norm: float | None) -> str:

@@ -47,7 +47,7 @@ def atomic_directory(target: Path, overwrite: bool, needed: int = 0) -> Iterator
     target = target.resolve()  # through links and `..`: what is replaced is a directory
     created: list[Path] = []
     try:
-        _check_space(_existing(target.parent), needed)
+        check_space(_existing(target.parent), needed)
         created = _make_parents(target.parent)
         _remove_leftovers(target)
         temporary, lock = _claim(target)
@@ -57,7 +57,7 @@ def atomic_directory(target: Path, overwrite: bool, needed: int = 0) -> Iterator
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         _rename_into_place(temporary, target, overwrite)
     except OSError as error:
         explained = _explained(error, target, temporary)
@@ -190,7 +190,8 @@ def _remove_leftovers(target: Path) -> None:
             os.close(handle)
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OutputError unless `needed` bytes and some spare ones fit on the folder's disk."""
     free = shutil.disk_usage(folder).free
     if needed and needed + _SPARE_BYTES > free:
         raise OutputError(
@@ -199,7 +200,8 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Have everything below a folder, and its names, on the disk."""
     for path in [folder, *folder.rglob("*")]:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -129,7 +129,14 @@ class AdapterFormat(Protocol):
 
 
 class Combiner(Protocol):
-    """A way to make one update of several, pure and deterministic for a given generator."""
+    """A way to make one update of several, pure and deterministic for a given generator.
+
+    Attributes:
+        exact: (optional, False if absent) whether, without a policy, the result is the weighted sum
+            but for rounding: its factors then get a dtype that keeps it so.
+        needs_equal_ranks: (optional, False if absent) whether all parts must have one rank, which
+            the result has too; checked by headers.
+    """
 
     def combine(
         self,

@@ -170,6 +170,33 @@ def _check_layout(path: Path, entries: list[Entry], available: int) -> None:
         )
 
 
+def whole_file(tensors: Mapping[str, LazyTensor]) -> tuple[Path, Header] | None:
+    """The safetensors file that holds exactly these tensors, in this order, if there is one."""
+    extents = [tensor.extent for tensor in tensors.values()]
+    sources = {extent.path if extent is not None else None for extent in extents}
+    if len(sources) != 1 or (source := sources.pop()) is None or source.suffix != ".safetensors":
+        return None
+    header = read_header(source)
+    stored = [
+        (e.name, e.dtype, e.shape, header.data_start + e.begin, e.end - e.begin)
+        for e in header.entries
+    ]
+    wanted = [
+        (name, tensor.dtype, tensor.shape, extent.offset, extent.length)
+        for (name, tensor), extent in zip(tensors.items(), extents, strict=True)
+        if extent is not None
+    ]
+    return (source, header) if stored == wanted else None
+
+
+def raw_header(tensors: Mapping[str, LazyTensor]) -> bytes | None:
+    """The header's bytes, length included, of the file that holds exactly these tensors."""
+    if (found := whole_file(tensors)) is None:
+        return None
+    with found[0].open("rb") as file:
+        return file.read(found[1].data_start)
+
+
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:

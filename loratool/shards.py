@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.errors import UsageError
 
+INDEX_SUFFIX = ".safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from loratool.checkpoint import Checkpoint, Extent, LazyTensor
+from loratool.checkpoint import RECORD, Checkpoint, Extent, LazyTensor
 from loratool.errors import InputError
-from loratool.safetensors_file import build_header, read_header
+from loratool.safetensors_file import build_header, whole_file
+from loratool.shards import INDEX_SUFFIX
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from loratool.plugins import Executor
 
 _COPY_CHUNK = 8 << 20
+INDEX = f"model{INDEX_SUFFIX}"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -74,41 +76,56 @@ def write_checkpoint(
         executor: runs one task a tensor.
         progress: is told each tensor's name and bytes as it is done.
     """
+    files = weight_files(checkpoint)
+    for file, tensors in files.items():
+        write_weight_file(checkpoint, file, tensors, folder, executor, progress)
+    write_side_files({**index_file(checkpoint, files), **checkpoint.side_files}, folder)
+    write_side_files({f"{RECORD}/{n}": file for n, file in checkpoint.record.items()}, folder)
+
+
+def weight_files(checkpoint: Checkpoint) -> dict[str, dict[str, LazyTensor]]:
+    """File name -> the tensors that go into it, in order."""
     files: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in checkpoint.items():
         files.setdefault(checkpoint.shards[name], {})[name] = tensor
-    for file, tensors in files.items():
-        path = _inside(folder, file)
-        metadata = checkpoint.metadata.get(file, {"format": "pt"})
-        source = _unchanged_file(tensors, metadata)
-        if source is None:
-            write_safetensors(path, tensors, metadata, executor, progress)
-        else:
-            _copy_file(source, path)
-            progress(file, sum(tensor.nbytes for tensor in tensors.values()))
-    if len(files) > 1:
-        write_file(folder / "model.safetensors.index.json", _index(checkpoint))
-    write_side_files(checkpoint.side_files, folder)
+    return files
+
+
+def write_weight_file(
+    checkpoint: Checkpoint,
+    file: str,
+    tensors: Mapping[str, LazyTensor],
+    folder: Path,
+    executor: Executor,
+    progress: Callable[[str, int], None],
+) -> None:
+    """Write one of a checkpoint's `weight_files`; copied as it is where it exists already."""
+    path = _inside(folder, file)
+    metadata = checkpoint.metadata.get(file, {"format": "pt"})
+    header = checkpoint.headers.get(file)
+    source = _unchanged_file(tensors, metadata)
+    if source is None or header is not None:
+        write_safetensors(path, tensors, metadata, executor, progress, header)
+        return
+    _copy_file(source, path)
+    for name, tensor in tensors.items():
+        progress(name, tensor.nbytes)
+
+
+def index_file(checkpoint: Checkpoint, files: Sized) -> dict[str, Path | bytes]:
+    """The index of a checkpoint's weight files, by name; {} if there is one file only."""
+    if checkpoint.index_files:
+        return dict(checkpoint.index_files)
+    return {INDEX: _index(checkpoint)} if len(files) > 1 else {}
 
 
 def _unchanged_file(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Path | None:
     """The file that holds exactly these tensors, in this order, under this metadata, if any."""
-    extents = [tensor.extent for tensor in tensors.values()]
-    sources = {extent.path if extent is not None else None for extent in extents}
-    if len(sources) != 1 or (source := sources.pop()) is None or source.suffix != ".safetensors":
+    if (found := whole_file(tensors)) is None:
         return None
-    header = read_header(source)
-    stored = [
-        (e.name, e.dtype, e.shape, header.data_start + e.begin, e.end - e.begin)
-        for e in header.entries
-    ]
-    wanted = [
-        (name, tensor.dtype, tensor.shape, extent.offset, extent.length)
-        for (name, tensor), extent in zip(tensors.items(), extents, strict=True)
-        if extent is not None
-    ]
+    source, header = found
     # A merge adds the format that transformers asks for; for that alone no header is rewritten.
-    same = stored == wanted and {"format": "pt", **header.metadata} == {"format": "pt", **metadata}
+    same = {"format": "pt", **header.metadata} == {"format": "pt", **metadata}
     return source if same else None
 
 
@@ -134,9 +151,20 @@ def write_safetensors(
     metadata: Mapping[str, str],
     executor: Executor,
     progress: Callable[[str, int], None] = lambda name, size: None,
+    header: bytes | None = None,
 ) -> None:
-    """Write tensors to one file: the header first, then every tensor at its offset."""
-    header = build_header(((n, t.dtype, t.shape) for n, t in tensors.items()), metadata)
+    """Write tensors to one file: the header first, then every tensor at its offset.
+
+    Args:
+        path: the file, which must not exist.
+        tensors: what to write, in this order.
+        metadata: the file's `__metadata__`.
+        executor: runs one task a tensor.
+        progress: is told each tensor's name and bytes as it is done, in order.
+        header: the header to write instead of one made of `tensors` and `metadata`; it must
+            describe these tensors in this order.
+    """
+    header = header or build_header(((n, t.dtype, t.shape) for n, t in tensors.items()), metadata)
     offsets = {}
     position = len(header)
     for name, tensor in tensors.items():

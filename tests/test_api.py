@@ -14,7 +14,7 @@ import loratool
 from loratool import plugins
 
 
-@pytest.mark.parametrize("name", ["extract", "validate", "merge", "export"])
+@pytest.mark.parametrize("name", plugins.names("steps"))
 def test_signatures_follow_the_fields_of_the_steps(name: str) -> None:
     step = plugins.load("steps", name)
     parameters = inspect.signature(getattr(loratool, name)).parameters

@@ -307,7 +307,7 @@ def test_a_checkpoint_that_nothing_changed_is_copied_file_by_file(
     opened = open_checkpoint(base)
     told = write(opened, tmp_path / "out")
     weights = [name for name in names(base) if name.endswith(".safetensors")]
-    assert [name for name, _ in told] == weights
+    assert sorted(name for name, _ in told) == sorted(opened)
     assert sum(size for _, size in told) == opened.nbytes
     for name in weights:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()

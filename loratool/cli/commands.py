@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -138,7 +138,7 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
                 ["--overwrite"], is_flag=True, help="Replace a directory that is not empty."
             ),
         ]
-    if cls.output and getattr(cls, "has_tasks", True):
+    if (cls.output or getattr(cls, "in_place", False)) and getattr(cls, "has_tasks", True):
         options += [
             click.Option(
                 ["--executor"],
@@ -163,10 +163,14 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
         if "executor" in values:
             plugins.create("executors", values["executor"])
+    if getattr(cls, "in_place", False):
+        _complete(refs[cls.operands[0].name][0][0])
     inputs = [_open(operand, refs[operand.name]) for operand in cls.operands]
     result = step.run(*inputs)
     if isinstance(result, Report):
         report = result
+    elif getattr(cls, "in_place", False):
+        report = _apply(result, values)
     elif target is not None:
         report = _save(result, target, values)
     else:
@@ -196,12 +200,22 @@ def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -
 
 
 def _open(operand: Operand, refs: list[tuple[str, float]]) -> Any:
-    from loratool.opening import open_adapter, open_checkpoint
+    from loratool.opening import open_adapter, open_any, open_checkpoint
 
-    opener = open_checkpoint if operand.kind == "checkpoint" else open_adapter
+    openers = {"checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any}
+    opener: Callable[[str], Any] = openers[operand.kind]
     if operand.many:
         return [(opener(ref), weight) for ref, weight in refs]
     return opener(refs[0][0]) if refs else None
+
+
+def _complete(ref: str) -> None:
+    """Finish an earlier run that was killed while it changed its operand in place."""
+    from loratool.inplace import complete
+
+    path = parse_ref(ref).path
+    if path is not None and complete(path):
+        print_error(f"{path}: an interrupted switch was completed first", "Note")
 
 
 def _target(cls: type[Step], values: Mapping[str, Any]) -> Path | None:
@@ -222,6 +236,18 @@ def _short_name(ref: str) -> str:
     parsed = parse_ref(ref)
     path = Path(os.path.normpath(Path(parsed.path or parsed.repo or ref).absolute()))
     return (path.stem if path.is_file() else path.name) or "model"
+
+
+def _apply(result: Any, values: Mapping[str, Any]) -> Report:
+    """Change an operand in place."""
+    from loratool.engine import Drain
+
+    for note in result.notes:
+        print_error(note, "Note")
+    with ProgressBar(bool(values["quiet"] or values["as_json"])) as bar:
+        drain = Drain(values["executor"], start=bar.start, progress=bar.advance)
+        report: Report = result.apply(drain)
+        return report
 
 
 def _save(result: Any, target: Path, values: Mapping[str, Any]) -> Report:

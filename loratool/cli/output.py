@@ -10,13 +10,20 @@ import click
 
 from loratool import plugins
 from loratool.errors import PluginError
-from loratool.reports import Report, Table, to_json
+from loratool.reports import Report, to_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 # Control characters but the newline, and lone surrogates, which no encoding can write.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# What stands for block characters where they cannot be written.
+_PLAIN = {
+    **dict(zip(map(ord, "▁▂▃▄▅▆▇█"), "_.-:=+*#", strict=True)),
+    **dict.fromkeys(map(ord, "▏▎▍"), ""),
+    **dict.fromkeys(map(ord, "▌▋▊▉"), "#"),
+    ord("…"): "...",
+}
 
 
 def print_error(message: str, kind: str = "Error") -> None:
@@ -25,8 +32,17 @@ def print_error(message: str, kind: str = "Error") -> None:
 
 
 def _printable(text: str) -> str:
-    """Names come from strangers' files: what a terminal would obey, or not show, is escaped."""
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+    """Names come from strangers' files: what a terminal would obey, or not show, is escaped.
+
+    Bars become plain characters where the output's encoding has no block characters.
+    """
+    text = _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def print_report(report: Report, as_json: bool, quiet: bool) -> None:
@@ -39,36 +55,12 @@ def print_report(report: Report, as_json: bool, quiet: bool) -> None:
     if quiet and report.ok:
         return
     if report.table is not None and report.table.rows:
-        _print_table(report.table)
+        from loratool.cli.tables import print_table
+
+        print_table(report.table, _printable)
     click.echo(_printable(report.title))
     for line in report.lines:
         click.echo(f"  {_printable(line)}")
-
-
-def _print_table(table: Table) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    # Names are not cut where nobody looks at a terminal's width.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(table.columns):
-        numeric = number > 0 and all(_is_number(row[number]) for row in table.rows)
-        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in table.rows:
-        grid.add_row(*map(_escape, row))
-    console.print(grid)
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell == "no update"
-
-
-def _escape(cell: str) -> str:
-    from rich.markup import escape
-
-    return escape(_printable(cell))
 
 
 def print_plugins() -> None:

@@ -49,7 +49,7 @@ class LazyExport:
             )
         title = f"Exported {target}"
         notes = (*self.merged.notes, *report.notes)
-        return Report(title, report.data, report.lines, report.table, notes, report.ok)
+        return Report(title, report.data, report.lines, report.table, notes, report.status)
 
 
 @dataclass(frozen=True)

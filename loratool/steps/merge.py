@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from loratool.adapter import Adapter, LowRank, Replacement
-from loratool.binding import Binding, BoundUpdate, bind
-from loratool.checkpoint import Checkpoint, LazyTensor
-from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
-from loratool.errors import InputError, MismatchError, UsageError, raise_problems
+from loratool.adapter import Adapter
+from loratool.application import Part, Rounding, Trace, apply_parts, bind_part
+from loratool.checkpoint import RECORD, Checkpoint, LazyTensor
+from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
+from loratool.errors import UsageError
+from loratool.kinship import require_distinct
 from loratool.plugins import Operand, option
+from loratool.record import files_below
+from loratool.recording import Recorder
 from loratool.reports import Report, Table, counted, format_bytes, format_share
 from loratool.shards import parse_size, plan_shards, safetensors_name
 from loratool.skeleton import complete_config
 
-if TYPE_CHECKING:
-    import torch
-
-    from loratool.merging import Survival
-
-_TILE_ELEMENTS = 1 << 18
 _CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_RECORD_LEFT_BEHIND = (
+    "the base carries the record of an earlier merge; it is left behind, because this merge is not "
+    "--reversible"
+)
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,29 @@ class MergedCheckpoint(Checkpoint):
     """A checkpoint that is merged while it is read.
 
     Attributes:
-        survival: base tensor -> how much of its update survived rounding, once it was computed.
+        traces: base tensor -> what its merge leaves behind, once it was computed.
         counts: tensors with updates added, replaced whole, added, and left out.
+        recorder: writes the record of a reversible merge, or None.
     """
 
-    survival: Mapping[str, Survival] = field(default_factory=dict)
+    traces: Mapping[str, Trace] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    recorder: Recorder | None = None
+
+    @property
+    def disk_bytes(self) -> int:
+        """About the bytes that writing it takes."""
+        return self.nbytes + (self.recorder.nbytes if self.recorder else 0)
+
+    def beside(self, folder: Path) -> AbstractContextManager[Callable[[str], None]]:
+        """Write the record, if the merge is reversible."""
+        return _recorded(self.recorder, folder) if self.recorder else super().beside(folder)
 
     def report(self, target: Path | str) -> Report:
         """What was done; call it after draining."""
-        wanted = sum(s.wanted for s in self.survival.values())
-        kept = sum(s.kept for s in self.survival.values())
+        survival = {name: trace.survival for name, trace in self.traces.items()}
+        wanted = sum(s.wanted for s in survival.values())
+        kept = sum(s.kept for s in survival.values())
         share = kept / wanted if wanted > 0 else None
         lines = [
             ", ".join(f"{counted(n, 'tensor')} {what}" for what, n in self.counts.items() if n)
@@ -51,22 +64,55 @@ class MergedCheckpoint(Checkpoint):
         ]
         if share is not None:
             lines.insert(1, f"share of the update that survived rounding: {format_share(share)}")
+        record = self._record_facts(Path(target))
+        if record:
+            lines.append(
+                f"record: {format_bytes(record['bytes'])}, of which residuals "
+                f"{record['residual_bits_per_weight']:.3f} bits a weight; `loratool unmerge "
+                f"{target}` restores the base"
+            )
+        shares = {n: s.kept / s.wanted if s.wanted > 0 else None for n, s in survival.items()}
         rows = tuple(
-            (name, format_share(s.kept / s.wanted) if s.wanted > 0 else "no update")
-            for name, s in self.survival.items()
+            (name, "no update" if share is None else format_share(share))
+            for name, share in shares.items()
         )
         data = {
             "kind": "merged",
             "survived": share,
-            "tensors": {
-                name: s.kept / s.wanted if s.wanted > 0 else None
-                for name, s in self.survival.items()
-            },
+            "tensors": shares,
             "counts": dict(self.counts),
             "bytes": self.nbytes,
+            "record": record,
         }
         table = Table(("tensor", "survived rounding"), rows)
-        return Report(f"Merged {target}", data, tuple(lines), table, self.notes)
+        return Report(f"Merged {target}", data, tuple(lines), table, (*self.notes, *self._kept()))
+
+    def _record_facts(self, target: Path) -> dict[str, Any] | None:
+        if self.recorder is None:
+            return None
+        sizes = [file.stat().st_size for file in files_below(target / RECORD).values()]
+        weights = sum(self.recorder.base[name].numel for name in self.traces)
+        bits = 8 * sum(trace.residual_bytes for trace in self.traces.values())
+        return {
+            "bytes": sum(sizes),
+            "residual_bits_per_weight": bits / weights if weights else 0.0,
+            "proved": True,
+        }
+
+    def _kept(self) -> list[str]:
+        kept = {name: trace.kept for name, trace in self.traces.items() if trace.kept}
+        if not kept:
+            return []
+        return [
+            f"{sum(kept.values())} merged values are NaN or Inf ({next(iter(kept))}, ...): the "
+            "base had them, or its type overflows; unmerge restores what was there"
+        ]
+
+
+@contextmanager
+def _recorded(recorder: Recorder, folder: Path) -> Iterator[Callable[[str], None]]:
+    with recorder.writing(folder) as recording:
+        yield recording.see
 
 
 @dataclass(frozen=True)
@@ -86,22 +132,51 @@ class Merge:
         None, "start a new file beyond this size (default: the base's files)", metavar="5GB"
     )
     architecture: str = option("", "model class or type, where config.json does not say")
+    rounding: str = option(
+        "nearest", "how sums are rounded: stochastic keeps small updates on average",
+        choices=("nearest", "stochastic"),
+    )  # fmt: skip
+    seed: int = option(0, "seed of stochastic rounding")
+    reversible: bool = option(False, "keep a record from which unmerge restores the base's bits")
+    embed_adapter: bool = option(
+        True, "keep the adapters themselves in the record, not only their digests"
+    )
+
+    def __post_init__(self) -> None:
+        if self.reversible and self.dtype is not None:
+            raise UsageError("--reversible keeps the base's type: leave --dtype out")
+        if not self.reversible and not self.embed_adapter:
+            raise UsageError("--no-embed-adapter is about the record of a --reversible merge")
 
     def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> MergedCheckpoint:
         """Bind every adapter and plan the merged tensors; nothing is computed yet.
 
         Raises:
-            MismatchError: an adapter does not fit; all complaints at once.
+            MismatchError: an adapter does not fit, or is given twice; all complaints at once.
             UsageError: an option's value makes no sense.
         """
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         limit = parse_size(self.max_shard_size) if self.max_shard_size else None
-        parts = [_bound(adapter, weight, base) for adapter, weight in adapters if weight != 0]
-        tensors, survival = _merged_tensors(base, parts, dtype)
+        merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
+        require_distinct([adapter for adapter, _ in merged])
+        parts = [bind_part(adapter, weight, base) for adapter, weight in merged]
+        rounding = Rounding(self.rounding, self.seed)
+        applied = apply_parts(base, parts, dtype, rounding, self.reversible)
         renames = _renames(base, parts)
-        tensors = {renames.get(n, n): t.renamed(renames.get(n, n)) for n, t in tensors.items()}
+        tensors = {
+            renames.get(name, name): tensor.renamed(renames.get(name, name))
+            for name, tensor in applied.tensors.items()
+        }
         shards = plan_shards(base, tensors, {new: old for old, new in renames.items()}, limit)
         config, side_files, notes = self._model_files(base, parts, tensors, dtype)
+        recorder = None
+        if self.reversible:
+            options = {field.name: getattr(self, field.name) for field in fields(self)}
+            recorder = Recorder(
+                base, parts, applied, renames, side_files, self.embed_adapter, options
+            )
+        elif base.record:
+            notes = (*notes, _RECORD_LEFT_BEHIND)
         return MergedCheckpoint(
             {name: tensors[name] for name in shards},
             config=config,
@@ -109,14 +184,15 @@ class Merge:
             shards=shards,
             metadata={safetensors_name(n): {"format": "pt", **m} for n, m in base.metadata.items()},
             notes=(*base.notes, *(n for p in parts for n in p.notes()), *notes),
-            survival=survival,
+            traces=applied.traces,
             counts=_counts(parts),
+            recorder=recorder,
         )
 
     def _model_files(
         self,
         base: Checkpoint,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         tensors: Mapping[str, LazyTensor],
         dtype: str | None,
     ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any], tuple[str, ...]]:
@@ -143,36 +219,7 @@ class Merge:
         return config, side_files, (*notes, *completed)
 
 
-@dataclass(frozen=True)
-class _Part:
-    adapter: Adapter
-    weight: float
-    binding: Binding
-
-    def notes(self) -> list[str]:
-        """What the user should know of how this adapter is applied."""
-        notes = [*self.adapter.notes]
-        notes += [str(p) for p in self.binding.problems if p.severity == "warning"]
-        if words := self.binding.alignment.describe():
-            notes.append(f"{self.adapter.label}: {words} to get the base's")
-        whole = [b for b in self.binding.changed.values() if b.update.kind == "replacement"]
-        if whole and self.weight != 1:
-            notes.append(
-                f"{self.adapter.label}: {len(whole)} tensors are replaced whole "
-                f"({whole[0].tensor}, ...): the weight {self.weight:g} does not scale these"
-            )
-        return notes
-
-
-def _bound(adapter: Adapter, weight: float, base: Checkpoint) -> _Part:
-    if not math.isfinite(weight):
-        raise UsageError(f"{adapter.label}: the weight must be finite, not {weight}")
-    binding = bind(adapter, base)
-    raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
-    return _Part(adapter, weight, binding)
-
-
-def _counts(parts: Sequence[_Part]) -> dict[str, int]:
+def _counts(parts: Sequence[Part]) -> dict[str, int]:
     changed = [bound for part in parts for bound in part.binding.changed.values()]
     return {
         "updated": len({b.tensor for b in changed if b.update.kind == "low_rank"}),
@@ -184,156 +231,7 @@ def _counts(parts: Sequence[_Part]) -> dict[str, int]:
     }
 
 
-def _merged_tensors(
-    base: Checkpoint, parts: Sequence[_Part], dtype: str | None
-) -> tuple[dict[str, LazyTensor], dict[str, Survival]]:
-    from loratool.merging import Survival
-
-    dropped = {name for part in parts for name in part.binding.dropped}
-    tensors: dict[str, LazyTensor] = {}
-    survival: dict[str, Survival] = {}
-    for name, tensor in base.items():
-        changes = [(p.binding.changed[name], p) for p in parts if name in p.binding.changed]
-        if name in dropped and not changes:
-            continue
-        whole = [(bound, part) for bound, part in changes if bound.update.kind == "replacement"]
-        if len(whole) > 1:
-            labels = " and ".join(part.adapter.label for _, part in whole)
-            raise MismatchError(f"{name}: {labels} both replace it whole: merge one of them")
-        target = dtype if dtype and is_float(tensor.dtype) else tensor.dtype
-        start = _replaced(tensor, whole[0][0]) if whole else tensor
-        updates = [(b, p.weight) for b, p in changes if b.update.kind == "low_rank"]
-        if updates:
-            survival[name] = Survival()
-            tensors[name] = _updated(start, updates, target, survival[name])
-        else:
-            tensors[name] = _as_dtype(start, target)
-    for part in parts:
-        for name, bound in part.binding.added.items():
-            if name in tensors:
-                raise MismatchError(f"{name}: two adapters add it: merge one of them")
-            tensors[name] = _addition(bound, base, dtype)
-    return tensors, survival
-
-
-def _replaced(tensor: LazyTensor, bound: BoundUpdate) -> LazyTensor:
-    """The replacement under the base's name, in the base's dtype."""
-    update = bound.update
-    lazy = LazyTensor(
-        tensor.name,
-        update.dtype,
-        update.shape,
-        _replacement_blocks(bound, tensor),
-        update.origin,
-    )
-    return _as_dtype(lazy, tensor.dtype)
-
-
-def _replacement_blocks(
-    bound: BoundUpdate, before: LazyTensor | None
-) -> Callable[[], Iterator[torch.Tensor]]:
-    def blocks() -> Iterator[torch.Tensor]:
-        found = bound.update.load()
-        if isinstance(found, Replacement):
-            yield from _finite_blocks(found.tensor, bound)
-        elif before is not None:  # an extraction found it unchanged
-            yield from before.blocks()
-
-    return blocks
-
-
-def _addition(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTensor:
-    update = bound.update
-    lazy = LazyTensor(
-        bound.tensor,
-        update.dtype,
-        update.shape,
-        _replacement_blocks(bound, None),
-        update.origin,
-    )
-    if not is_float(update.dtype):
-        return lazy
-    return _as_dtype(lazy, dtype or _main_dtype(base) or update.dtype)
-
-
-def _main_dtype(base: Checkpoint) -> str | None:
-    """The float dtype that most of the base's elements have."""
-    sizes: dict[str, int] = {}
-    for tensor in base.values():
-        if is_float(tensor.dtype):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
-    return max(sizes, key=lambda name: sizes[name]) if sizes else None
-
-
-def _as_dtype(tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """The tensor itself if it has the dtype, else rounded to it block by block."""
-    if tensor.dtype == dtype or not is_float(tensor.dtype):
-        return tensor
-
-    def blocks() -> Iterator[torch.Tensor]:
-        from loratool.merging import rounded_blocks
-
-        for block in tensor.blocks():
-            yield from rounded_blocks(block, dtype, f"{tensor.origin}: {tensor.name}")
-
-    return LazyTensor(tensor.name, dtype, tensor.shape, blocks, tensor.origin)
-
-
-def _updated(
-    tensor: LazyTensor,
-    updates: Sequence[tuple[BoundUpdate, float]],
-    dtype: str,
-    survival: Survival,
-) -> LazyTensor:
-    def blocks() -> Iterator[torch.Tensor]:
-        from loratool.merging import exact_delta, merged_blocks, rounded_blocks
-
-        name = f"{tensor.origin}: {tensor.name}"
-        parts = []
-        for bound, weight in updates:
-            found = bound.update.load()
-            if isinstance(found, LowRank):
-                _require_finite(found, bound)
-                pair = (found.a.T, found.b.T) if bound.transposed else (found.b, found.a)
-                parts.append((*pair, weight * found.scale))
-        survival.kept = survival.wanted = 0.0
-        weight_tensor = tensor.read()
-        if parts:
-            yield from merged_blocks(weight_tensor, exact_delta(parts), dtype, survival, name)
-        elif dtype == tensor.dtype:
-            yield weight_tensor
-        else:
-            yield from rounded_blocks(weight_tensor, dtype, name)
-
-    return LazyTensor(tensor.name, dtype, tensor.shape, blocks, tensor.origin)
-
-
-def _require_finite(found: LowRank, bound: BoundUpdate) -> None:
-    import torch
-
-    for side, factor in (("A", found.a), ("B", found.b)):
-        if not bool(torch.isfinite(factor.float()).all()):
-            raise _not_finite(bound, f"lora_{side} holds")
-
-
-def _finite_blocks(tensor: LazyTensor, bound: BoundUpdate) -> Iterator[torch.Tensor]:
-    """A replacement's blocks; InputError if one holds NaN or Inf."""
-    import torch
-
-    for block in tensor.blocks():
-        flat = block.reshape(-1)
-        for start in range(0, flat.numel(), _TILE_ELEMENTS):
-            if not bool(torch.isfinite(flat[start : start + _TILE_ELEMENTS].float()).all()):
-                raise _not_finite(bound, "holds")
-        yield block
-
-
-def _not_finite(bound: BoundUpdate, what: str) -> InputError:
-    origin = bound.update.origin or "the adapter"
-    return InputError(f"{origin}: {bound.update.name}: {what} NaN or Inf: repair the adapter")
-
-
-def _renames(base: Checkpoint, parts: Sequence[_Part]) -> dict[str, str]:
+def _renames(base: Checkpoint, parts: Sequence[Part]) -> dict[str, str]:
     """Base name -> the name in the class whose config the merged model gets."""
     renames: dict[str, str] = {}
     for part in parts:

@@ -18,6 +18,7 @@ from tests.cli.tiny import (
     NORM,
     PREFIX,
     UP,
+    Result,
     Tensors,
     done,
     entry,
@@ -306,6 +307,9 @@ ADAPTER_VERBS = {
     "validate": lambda base, adapter, output: ("validate", adapter, "--base", base),
     "merge": lambda base, adapter, output: ("merge", base, adapter, "-o", output),
     "export": lambda base, adapter, output: ("export", base, adapter, "-o", output),
+    "unmerge": lambda base, adapter, output: ("unmerge", base, adapter, "-o", output),
+    "stack": lambda base, adapter, output: ("stack", adapter, "-o", output),
+    "rescale": lambda base, adapter, output: ("rescale", adapter, "--by", "2", "-o", output),
 }
 
 
@@ -314,7 +318,10 @@ def test_every_verb_refuses_a_bad_adapter(
     verb: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     bad, file = broken_adapter(tmp_path, adapter)
-    run = lambda path: loratool(*ADAPTER_VERBS[verb](base, path, tmp_path / "out"))  # noqa: E731
+
+    def run(path: Path) -> Result:
+        return loratool(*ADAPTER_VERBS[verb](base, path, tmp_path / "out"))
+
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
     with unchanged(tmp_path):

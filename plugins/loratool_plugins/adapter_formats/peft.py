@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,9 +213,7 @@ class _Reader:
         for module, sides in pairs.items():
             if (update := self._low_rank(module, sides)) is None:
                 continue
-            if update.name in found:
-                self._complain(update.name, "is replaced whole and has factors as well")
-            found[update.name] = update
+            found[update.name] = replace(update, beneath=self.replaced.pop(update.name, None))
         return found
 
     def _complain(self, name: str, message: str, expected: str = "", found: str = "") -> None:
@@ -237,13 +235,13 @@ class _Reader:
         return name if is_bias or is_table else None
 
     def _replacement(self, name: str, tensor: LazyTensor) -> LazyUpdate:
-        self.replaced[name] = tensor.renamed(name)
+        value = self.replaced[name] = tensor.renamed(name)
         return LazyUpdate(
             name,
             "replacement",
             tensor.shape,
             tensor.dtype,
-            lambda: Replacement(self.replaced[name]),
+            lambda: Replacement(value),
             origin=tensor.origin,
             stored=(tensor,),
         )
@@ -345,6 +343,8 @@ def _stored_tensors(
         entry = factors[name]
         yield entry.a.name, entry.a
         yield entry.b.name, entry.b
+        if (beneath := adapter[name].beneath) is not None:
+            yield f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight", beneath
     for key, name in layout.whole.items():
         yield key, adapter.context[name]
 

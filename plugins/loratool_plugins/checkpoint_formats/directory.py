@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loratool.checkpoint import RECORD, SWITCH_COMMIT
 from loratool.errors import FormatError, InputError
 from loratool.json_files import MANIFEST, read_json
+from loratool.record import files_below
 
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
@@ -28,11 +30,13 @@ class WeightFiles:
         folder: where they lie.
         files: their names, in order.
         index: tensor name to file name, if an index says so.
+        index_file: the name of that index.
     """
 
     folder: Path
     files: tuple[str, ...]
     index: Mapping[str, str] | None = None
+    index_file: str | None = None
 
 
 def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFiles | None:
@@ -52,6 +56,11 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
         return WeightFiles(path.parent, (path.name,)) if path.suffix in suffixes else None
     if not path.is_dir():
         return None
+    if (path / SWITCH_COMMIT).exists():
+        raise FormatError(
+            f"{path}: a switch of its adapters was interrupted: run `loratool switch {path} "
+            "--to ADAPTER`, which completes it first"
+        )
     index = path / f"{stem}{suffixes[0]}.index.json"
     if index.is_file():
         return _read_index(index)
@@ -101,7 +110,7 @@ def _read_index(index: Path) -> WeightFiles:
             raise FormatError(
                 f"{index.parent / name}: missing, but {index.name} names it; download it"
             )
-    return WeightFiles(index.parent, files, weight_map)
+    return WeightFiles(index.parent, files, weight_map, index.name)
 
 
 def _is_file(path: Path) -> bool:
@@ -141,6 +150,16 @@ def side_files(path: Path) -> dict[str, Path]:
             if all(entry.is_file() and entry.suffix in _SETTINGS_SUFFIXES for entry in inside):
                 found |= {f"{folder.name}/{e.name}": e for e in inside if _is_side_file(e)}
     return found
+
+
+def index_files(found: WeightFiles) -> dict[str, Path]:
+    """The index that says which of the weight files holds which tensor, if there is one."""
+    return {} if found.index_file is None else {found.index_file: found.folder / found.index_file}
+
+
+def record_files(path: Path) -> dict[str, Path]:
+    """The files of the record of a reversible merge, by their names in its directory."""
+    return files_below(path / RECORD) if path.is_dir() else {}
 
 
 def _is_side_file(entry: Path) -> bool:

@@ -45,6 +45,8 @@ class Safetensors:
             tensors,
             config=directory.read_config(path),
             side_files=directory.side_files(path),
+            index_files=directory.index_files(found),
+            record=directory.record_files(path),
             shards=shards,
             metadata=metadata,
             path=path,

@@ -1,0 +1,314 @@
+"""Adapters applied to the tensors of a base, lazily: what a merge does to each tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loratool.adapter import Adapter, LowRank, Replacement
+from loratool.binding import Binding, BoundUpdate, bind
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.dtypes import is_float
+from loratool.errors import InputError, MismatchError, UsageError, raise_problems
+from loratool.linalg import is_finite, named_generator, same_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratool.merging import ExactDelta, Survival
+    from loratool.reversal import WayBack
+    from loratool.rounding import SumRounder
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter bound to a base, and its weight."""
+
+    adapter: Adapter
+    weight: float
+    binding: Binding
+
+    def notes(self) -> list[str]:
+        """What the user should know of how this adapter is applied."""
+        notes = [*self.adapter.notes]
+        notes += [str(p) for p in self.binding.problems if p.severity == "warning"]
+        if words := self.binding.alignment.describe():
+            notes.append(f"{self.adapter.label}: {words} to get the base's")
+        whole = [b for b in self.binding.changed.values() if b.update.kind == "replacement"]
+        if whole and self.weight != 1:
+            notes.append(
+                f"{self.adapter.label}: {len(whole)} tensors are replaced whole "
+                f"({whole[0].tensor}, ...): the weight {self.weight:g} does not scale these"
+            )
+        return notes
+
+
+def bind_part(adapter: Adapter, weight: float, base: Checkpoint) -> Part:
+    """Bind an adapter.
+
+    Raises:
+        MismatchError: it does not fit; all complaints at once.
+        UsageError: the weight is not finite.
+    """
+    if not math.isfinite(weight):
+        raise UsageError(f"{adapter.label}: the weight must be finite, not {weight}")
+    binding = bind(adapter, base)
+    raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
+    return Part(adapter, weight, binding)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How sums are rounded.
+
+    Attributes:
+        mode: "nearest", ties to even, or "stochastic".
+        seed: of the random numbers of the latter.
+    """
+
+    mode: str = "nearest"
+    seed: int = 0
+
+    def rounder(self, dtype: str, name: str, elements: int) -> SumRounder:
+        """A rounder for one tensor."""
+        from loratool.rounding import Nearest, Stochastic
+
+        if self.mode == "stochastic":
+            return Stochastic(dtype, named_generator(self.seed, name))
+        return Nearest(dtype, elements)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What adapters do to one tensor of the base.
+
+    Attributes:
+        whole: what replaces it first, if anything.
+        updates: the low-rank updates added to it, with their adapters' weights.
+    """
+
+    whole: BoundUpdate | None = None
+    updates: tuple[tuple[BoundUpdate, float], ...] = ()
+
+    def load_delta(self, beneath: LazyTensor) -> ExactDelta | None:
+        """The sum of the updates, or None where there is nothing to add.
+
+        Args:
+            beneath: the tensor that they are added to.
+
+        Raises:
+            InputError: NaN or Inf in a factor; or an adapter holds a copy of the tensor that it
+                was trained on, and that is another one.
+        """
+        from loratool.merging import exact_delta
+
+        parts = []
+        for bound, weight in self.updates:
+            found = bound.update.load()
+            if isinstance(found, LowRank):
+                _require_finite(found, bound)
+                _require_same_beneath(bound, beneath)
+                pair = (found.a.T, found.b.T) if bound.transposed else (found.b, found.a)
+                parts.append((*pair, weight * found.scale))
+        return exact_delta(parts) if parts else None
+
+
+def changes_of(name: str, parts: Sequence[Part]) -> Changes | None:
+    """What the parts do to a base tensor; None if they leave it out.
+
+    Raises:
+        MismatchError: two of them replace it whole.
+    """
+    found = [(p.binding.changed[name], p) for p in parts if name in p.binding.changed]
+    if not found and any(name in part.binding.dropped for part in parts):
+        return None
+    whole = [(bound, part) for bound, part in found if bound.update.kind == "replacement"]
+    if len(whole) > 1:
+        labels = " and ".join(part.adapter.label for _, part in whole)
+        raise MismatchError(f"{name}: {labels} both replace it whole: merge one of them")
+    updates = tuple((b, p.weight) for b, p in found if b.update.kind == "low_rank")
+    return Changes(whole[0][0] if whole else None, updates)
+
+
+@dataclass
+class Trace:
+    """What one tensor's merge leaves behind, once it was computed.
+
+    Attributes:
+        survival: how much of the update survived rounding.
+        way: how to undo it; only of a reversible merge, and until the record has it.
+        residual_bytes: size of the coded residual.
+        kept: values that were NaN or Inf, or became so, and are in the merged model.
+    """
+
+    survival: Survival
+    way: WayBack | None = None
+    residual_bytes: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The tensors of a merged model, and what each leaves behind.
+
+    Attributes:
+        tensors: the base's name, or the name of an added tensor -> the merged tensor.
+        changes: base tensor -> what is done to it; without those that are left out.
+        traces: base tensor -> what its merge leaves behind, for those with low-rank updates.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    changes: Mapping[str, Changes]
+    traces: Mapping[str, Trace] = field(default_factory=dict)
+
+
+def apply_parts(
+    base: Checkpoint,
+    parts: Sequence[Part],
+    dtype: str | None,
+    rounding: Rounding,
+    reversible: bool,
+) -> Applied:
+    """Plan every tensor of a merged model; nothing is computed yet.
+
+    Args:
+        base: the base.
+        parts: adapters bound to it, in any order.
+        dtype: of all float tensors, or None for the base's.
+        rounding: how sums are rounded.
+        reversible: whether each merge leaves its way back.
+
+    Raises:
+        MismatchError: two adapters replace or add the same tensor.
+    """
+    from loratool.merging import Survival
+
+    tensors: dict[str, LazyTensor] = {}
+    changes: dict[str, Changes] = {}
+    traces: dict[str, Trace] = {}
+    for name, tensor in base.items():
+        if (change := changes_of(name, parts)) is None:
+            continue
+        changes[name] = change
+        target = dtype if dtype and is_float(tensor.dtype) else tensor.dtype
+        start = tensor if change.whole is None else _replaced(change.whole, name, tensor)
+        if change.updates:
+            trace = traces[name] = Trace(Survival())
+            undo = reversible and change.whole is None
+            tensors[name] = _updated(start, change, target, rounding, trace, undo)
+        else:
+            tensors[name] = _as_dtype(start, target)
+    for part in parts:
+        for name, bound in part.binding.added.items():
+            if name in tensors:
+                raise MismatchError(f"{name}: two adapters add it: merge one of them")
+            tensors[name] = _added(bound, base, dtype)
+    return Applied(tensors, changes, traces)
+
+
+def _updated(
+    tensor: LazyTensor,
+    change: Changes,
+    dtype: str,
+    rounding: Rounding,
+    trace: Trace,
+    undo: bool,
+) -> LazyTensor:
+    def blocks() -> Iterator[torch.Tensor]:
+        from loratool.merging import merged_blocks, tile_elements
+        from loratool.reversal import Reversal
+        from loratool.rounding import rounded_blocks
+
+        name = f"{tensor.origin}: {tensor.name}"
+        trace.survival.kept = trace.survival.wanted = 0.0
+        delta = change.load_delta(tensor)
+        weight = tensor.read()
+        witness = Reversal(dtype, tensor.shape) if undo else None
+        if delta is not None:
+            rounder = rounding.rounder(dtype, tensor.name, tile_elements(weight))
+            yield from merged_blocks(weight, delta, dtype, trace.survival, name, rounder, witness)
+            if witness is not None:
+                trace.way = witness.finish()
+                trace.kept = trace.way.kept
+                trace.residual_bytes = len(trace.way.residual)
+        elif dtype == tensor.dtype:
+            yield weight
+        else:
+            yield from rounded_blocks(weight, dtype, name)
+
+    return LazyTensor(tensor.name, dtype, tensor.shape, blocks, tensor.origin)
+
+
+def _replaced(bound: BoundUpdate, name: str, before: LazyTensor | None) -> LazyTensor:
+    """The replacement under the base's name, in the dtype of what it replaces."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        found = bound.update.load()
+        if isinstance(found, Replacement):
+            yield from _finite_blocks(found.tensor, bound)
+        elif before is not None:  # an extraction found it unchanged
+            yield from before.blocks()
+
+    update = bound.update
+    lazy = LazyTensor(name, update.dtype, update.shape, blocks, update.origin)
+    return lazy if before is None else _as_dtype(lazy, before.dtype)
+
+
+def _added(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTensor:
+    lazy = _replaced(bound, bound.tensor, None)
+    return _as_dtype(lazy, dtype or _main_dtype(base) or lazy.dtype)
+
+
+def _main_dtype(base: Checkpoint) -> str | None:
+    """The float dtype that most of the base's elements have."""
+    sizes: dict[str, int] = {}
+    for tensor in base.values():
+        if is_float(tensor.dtype):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
+    return max(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def _as_dtype(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """The tensor itself if it has the dtype or is no float, else rounded to it tile by tile."""
+    if tensor.dtype == dtype or not is_float(tensor.dtype):
+        return tensor
+
+    def blocks() -> Iterator[torch.Tensor]:
+        from loratool.rounding import rounded_blocks
+
+        for block in tensor.blocks():
+            yield from rounded_blocks(block, dtype, f"{tensor.origin}: {tensor.name}")
+
+    return LazyTensor(tensor.name, dtype, tensor.shape, blocks, tensor.origin)
+
+
+def _require_same_beneath(bound: BoundUpdate, base: LazyTensor) -> None:
+    copy = bound.update.beneath
+    if copy is None:
+        return
+    if copy.shape != base.shape or not same_values(copy.read(), base.read()):
+        raise InputError(
+            f"{copy.origin}: {copy.name}: the adapter's copy of the layer that its factors are "
+            f"added to differs from {base.origin}: {base.name}; loratool cannot merge both"
+        )
+
+
+def _require_finite(found: LowRank, bound: BoundUpdate) -> None:
+    for side, factor in (("A", found.a), ("B", found.b)):
+        if not is_finite(factor):
+            raise _not_finite(bound, f"lora_{side} holds")
+
+
+def _finite_blocks(tensor: LazyTensor, bound: BoundUpdate) -> Iterator[torch.Tensor]:
+    """A replacement's blocks; InputError if one holds NaN or Inf."""
+    for block in tensor.blocks():
+        if not is_finite(block):
+            raise _not_finite(bound, "holds")
+        yield block
+
+
+def _not_finite(bound: BoundUpdate, what: str) -> InputError:
+    origin = bound.update.origin or "the adapter"
+    return InputError(f"{origin}: {bound.update.name}: {what} NaN or Inf: repair the adapter")

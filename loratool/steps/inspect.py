@@ -1,0 +1,63 @@
+"""inspect: what an adapter or a checkpoint is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from loratool import plugins
+from loratool.adapter import Adapter
+from loratool.checkpoint import Checkpoint
+from loratool.errors import PluginError
+from loratool.plugins import Operand, option
+from loratool.reports import Report
+
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what an adapter or a checkpoint is made of. It needs no base.
+
+    An adapter: its base, ranks, alpha and scale, parameters, norms, and how its energy is spread
+    over the singular values. A checkpoint, by headers alone: architecture, files, types and largest
+    tensors. --json is always complete.
+    """
+
+    operands: ClassVar[tuple[Operand, ...]] = (Operand("ref", "any"),)
+    output: ClassVar[str] = ""
+
+    deep: bool = option(False, "read a checkpoint's values, too: norms and digests")
+    all: bool = option(False, f"list every tensor, not only the {_LISTED} largest")
+
+    def run(self, ref: Adapter | Checkpoint) -> Report:
+        """Describe an adapter, or a checkpoint.
+
+        Raises:
+            InputError: a file cannot be read.
+            FormatError: an adapter's manifest is not JSON.
+        """
+        limit = None if self.all else _LISTED
+        if isinstance(ref, Adapter):
+            from loratool.adapter_report import adapter_report
+
+            return adapter_report(ref, _format("adapter_formats", ref.path), limit)
+        from loratool.checkpoint_report import checkpoint_report
+
+        return checkpoint_report(
+            ref, _format("checkpoint_formats", ref.path), deep=self.deep, limit=limit
+        )
+
+
+def _format(kind: str, path: Path | None) -> str | None:
+    """The name of the plugin that opens a path; None for what was computed."""
+    if path is None:
+        return None
+    for name in plugins.names(kind):
+        try:
+            if plugins.create(kind, name).detect(path):
+                return name
+        except PluginError:
+            continue  # `loratool plugins` tells of it; another one opened the path
+    return None

@@ -1,0 +1,598 @@
+"""stack: several adapters as one."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from loratool import plugins
+from loratool.adapter import Adapter, LazyUpdate, LowRank, Provenance
+from loratool.card import is_hub_name
+from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.dtypes import FLOAT_NAMES, itemsize, parse_float_dtype
+from loratool.errors import InputError, MismatchError, UsageError
+from loratool.kinship import base_facts, require_distinct, require_same_base, require_same_digests
+from loratool.linalg import RankPolicy
+from loratool.naming import in_one_naming, reference
+from loratool.plugins import Operand, option
+from loratool.reports import counted
+from loratool.skeleton import architecture_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratool.stacking import Share, Stacker
+
+# Keys of config.json that say nothing of the model.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """One --weights option.
+
+    Attributes:
+        text: as it was given.
+        adapter: the only adapter that it concerns, or "" for all.
+        glob: of parameter or module names.
+        weight: what the adapter's own weight is multiplied by.
+    """
+
+    text: str
+    adapter: str
+    glob: str
+    weight: float
+
+    def matches(self, name: str) -> bool:
+        """Whether it concerns a parameter, by its own name or its module's."""
+        return fnmatchcase(name, self.glob) or fnmatchcase(name.rpartition(".")[0], self.glob)
+
+
+def parse_layer_weight(text: str) -> LayerWeight:
+    """Read `GLOB=W` or `ADAPTER:GLOB=W`; UsageError if it is neither."""
+    head, sign, tail = text.rpartition("=")
+    adapter, colon, glob = head.rpartition(":")
+    if not sign or not glob or (colon and not adapter):
+        raise UsageError(f"--weights {text}: write GLOB=W or ADAPTER:GLOB=W")
+    try:
+        weight = float(tail)
+    except ValueError:
+        raise UsageError(f"--weights {text}: {tail!r} is not a number") from None
+    if not math.isfinite(weight):
+        raise UsageError(f"--weights {text}: the weight must be a finite number, not {tail}")
+    return LayerWeight(text, adapter, glob, weight)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Combine several adapters into one: by default their exact weighted sum.
+
+    Adapters that name their weights differently are brought to the first one's naming with --base.
+    A weight of 0 leaves an adapter, or with --weights some of its tensors, out; what an adapter
+    replaces whole (a head, an embedding) is not scaled by weights.
+
+    This is the job of PEFT's add_weighted_adapter. PEFT 0.21.2 gives wrong results where the first
+    adapter uses rsLoRA (the scale is applied again, as sqrt(rank)), refuses or misplaces ranks that
+    differ by module (rank_pattern), and ignores lora_bias and DoRA's magnitudes; loratool is exact
+    for rsLoRA and patterns, and refuses lora_bias and DoRA.
+    """
+
+    operands: ClassVar[tuple[Operand, ...]] = (
+        Operand("adapters", "adapter", many=True),
+        Operand(
+            "base", "checkpoint", required=False, flag=True,
+            help="the base model, where the adapters name its weights differently",
+        ),
+    )  # fmt: skip
+    output: ClassVar[str] = "stacked"
+
+    combiner: str = option(
+        "total", "how to combine, with options: ties:density=0.5", kind="combiners"
+    )
+    weights: tuple[str, ...] = option(
+        (),
+        "multiply the weight of tensors or modules whose name matches, of one adapter if named; "
+        "the last match counts",
+        metavar="[ADAPTER:]GLOB=W",
+    )
+    rank: int | None = option(None, "recompress every update to this rank at most")
+    energy: float | None = option(
+        None, "recompress to the smallest rank that keeps this share of ||delta||^2"
+    )
+    ratio: float | None = option(
+        None, "recompress to the singular values of at least the largest divided by this"
+    )
+    dtype: str | None = option(
+        None, "type of the factors (default: the adapters', or fp32 where that keeps a sum exact)",
+        choices=tuple(FLOAT_NAMES),
+    )  # fmt: skip
+    factorizer: str = option("krylov", "how dense combinations are factorized", kind="factorizers")
+    seed: int = option(0, "seed of combiners and factorizers that draw random numbers")
+
+    def __post_init__(self) -> None:
+        # Wrong values are told before anything is opened.
+        self._policy()
+        self._layer_weights()
+        plugins.create("combiners", self.combiner)
+        plugins.create("factorizers", self.factorizer)
+
+    def _policy(self) -> RankPolicy | None:
+        if self.rank is self.energy is self.ratio is None:
+            return None
+        return RankPolicy(self.rank, self.energy, self.ratio)
+
+    def _layer_weights(self) -> tuple[LayerWeight, ...]:
+        return tuple(map(parse_layer_weight, self.weights))
+
+    def run(
+        self, adapters: Sequence[tuple[Adapter, float]], base: Checkpoint | None = None
+    ) -> Adapter:
+        """Compare headers and plan one update for each tensor; nothing is computed yet.
+
+        Args:
+            adapters: (adapter, weight) pairs.
+            base: what their names are resolved to, if they differ.
+
+        Raises:
+            MismatchError: the adapters do not belong together.
+            InputError: nothing is left, or a --weights option matches nothing.
+            UsageError: a weight is not finite, or all of them are 0.
+        """
+        plan = _plan(self, adapters, base)
+        from loratool.stacking import Stacker
+
+        stacker = Stacker(
+            plugins.create("combiners", self.combiner),
+            self._policy(),
+            plugins.create("factorizers", self.factorizer),
+            self.seed,
+            plan.names,
+        )
+        dtype, dtype_notes = _factor_dtype(self, plan, stacker)
+        context = _context(plan)
+        updates = _updates(plan, stacker, dtype, context)
+        first = reference(plan.adapters)
+        files = next((a.model_files for a in (first, *plan.adapters) if a.model_files), {})
+        return Adapter(
+            updates,
+            model_files=files,
+            model_config=first.model_config,
+            dropped=tuple(dict.fromkeys(n for a in plan.adapters for n in a.dropped)),
+            task_type=next((a.task_type for a in plan.adapters if a.task_type), None),
+            base_name=_base_name(plan.adapters),
+            context=context,
+            kinds={name: kind for a in plan.adapters for name, kind in a.kinds.items()},
+            tied=_tied(plan),
+            moves=_moves(plan.adapters),
+            rslora=len(plan.adapters) == 1 and first.rslora,
+            short_targets=_short_targets(plan),
+            base_digests=_base_digests(plan.adapters),
+            notes=(*plan.notes, *_whole_notes(plan), *dtype_notes),
+            provenance=_provenance(self, plan, stacker),
+            facts=lambda: _facts(self, plan, stacker),
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is stacked.
+
+    Attributes:
+        adapters: under one naming, without those of weight 0.
+        names: what reports and --weights call them.
+        weights: their own weights.
+        shares: tensor -> who contributes to it, with the weight that counts there.
+        notes: what the user should know.
+    """
+
+    adapters: Sequence[Adapter]
+    names: Sequence[str]
+    weights: Sequence[float]
+    shares: Mapping[str, Sequence[Share]]
+    notes: tuple[str, ...]
+
+    def low_rank(self) -> Iterator[tuple[str, Sequence[Share]]]:
+        """The tensors that get an update."""
+        return ((n, s) for n, s in self.shares.items() if s[0].update.kind == "low_rank")
+
+
+def _plan(step: Stack, given: Sequence[tuple[Adapter, float]], base: Checkpoint | None) -> _Plan:
+    for adapter, weight in given:
+        if not math.isfinite(weight):
+            raise UsageError(f"{adapter.label}: the weight must be finite, not {weight}")
+    require_distinct([adapter for adapter, _ in given])
+    names = short_names([adapter for adapter, _ in given])
+    kept = [(a, w, n) for (a, w), n in zip(given, names, strict=True) if w != 0]
+    if not kept:
+        raise UsageError("every weight is 0: there is nothing to stack")
+    notes = [f"{adapter.label}: its weight is 0: it is left out" for adapter, w in given if w == 0]
+    adapters = in_one_naming([adapter for adapter, _, _ in kept], base)
+    require_same_base(adapters)
+    _require_one_model(adapters)
+    rules = step._layer_weights()
+    _require_named(rules, names)
+    weights = [weight for _, weight, _ in kept]
+    kept_names = [name for _, _, name in kept]
+    shares = _shares(adapters, kept_names, weights, rules)
+    notes += [note for adapter in adapters for note in adapter.notes]
+    notes += _kinship_notes(adapters)
+    return _Plan(adapters, kept_names, weights, shares, tuple(notes))
+
+
+def short_names(adapters: Sequence[Adapter]) -> list[str]:
+    """What reports call adapters: as many last parts of their paths as tell them apart.
+
+    Those that are computed are #1, #2, ... by their position.
+    """
+    paths = {
+        number: Path(os.path.normpath(adapter.path.absolute()))
+        for number, adapter in enumerate(adapters)
+        if adapter.path is not None
+    }
+    names = [f"#{number}" for number in range(1, len(adapters) + 1)]
+    depths = max((len(path.parts) for path in paths.values()), default=0)
+    for depth in range(1, depths + 1):
+        found = {number: "/".join(path.parts[-depth:]) for number, path in paths.items()}
+        if len(set(found.values())) == len(found):
+            break
+    for number in paths:
+        names[number] = found[number]
+    return names
+
+
+def _require_named(rules: Sequence[LayerWeight], names: Sequence[str]) -> None:
+    for rule in rules:
+        if rule.adapter and rule.adapter not in names:
+            raise InputError(
+                f"--weights {rule.text}: no adapter is called {rule.adapter!r}; they are "
+                f"{', '.join(names)}"
+            )
+
+
+def _shares(
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    weights: Sequence[float],
+    rules: Sequence[LayerWeight],
+) -> dict[str, list[Share]]:
+    """Tensor -> the adapters that change it with a weight that is not 0; in order of appearance."""
+    from loratool.stacking import Share
+
+    shares: dict[str, list[Share]] = {}
+    unused = set(rules)
+    for number, (adapter, name, weight) in enumerate(zip(adapters, names, weights, strict=True)):
+        own = [rule for rule in rules if rule.adapter in ("", name)]
+        for parameter, update in adapter.items():
+            matching = [rule for rule in own if rule.matches(parameter)]
+            unused.difference_update(matching)
+            factor = weight * matching[-1].weight if matching else weight
+            if factor != 0:
+                share = Share(number, adapter.label, name, update, factor)
+                shares.setdefault(parameter, []).append(share)
+    for rule in rules:
+        if rule in unused:
+            example = next((name for adapter in adapters for name in adapter), "nothing")
+            raise InputError(
+                f"--weights {rule.text}: {rule.glob!r} matches no tensor of the adapters "
+                f"({example}, ...)"
+            )
+    if not shares:
+        raise InputError("every tensor has the weight 0: there is nothing to stack")
+    for parameter, present in shares.items():
+        _check_kinds(parameter, present)
+    return shares
+
+
+def _check_kinds(name: str, shares: Sequence[Share]) -> None:
+    from loratool.stacking import different_replacements
+
+    first = shares[0]
+    for other in shares[1:]:
+        if other.update.kind != first.update.kind:
+            low, whole = sorted((first, other), key=lambda share: share.update.kind)
+            raise MismatchError(
+                f"{name}: {low.label} adds a low-rank update to it and {whole.label} replaces it "
+                f"whole: leave one out with --weights '{whole.name}:{name}=0'"
+            )
+        is_whole = first.update.kind == "replacement"
+        stored = first.update.stored and other.update.stored
+        if is_whole and stored and first.update.shape != other.update.shape:
+            raise different_replacements(name, first, other)
+
+
+def _require_one_model(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that were made for different classes: PEFT loads the result as one."""
+    tasks = {a.task_type: a for a in adapters if a.task_type}
+    classes = {c: a for a in adapters if (c := architecture_of(a.model_config))}
+    for what, found in (("tasks", tasks), ("model classes", classes)):
+        if len(found) > 1:
+            (name, one), (other_name, other) = list(found.items())[:2]
+            raise MismatchError(
+                f"{one.label} and {other.label} were made for different {what} ({name} and "
+                f"{other_name}), and the result can be for one only: extract the other with "
+                "--lora-only"
+            )
+
+
+def _kinship_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
+    first = reference(adapters)
+    names = {a.base_name: a for a in adapters if is_hub_name(a.base_name)}
+    if len(names) > 1:
+        said = ", ".join(f"{name} ({adapter.label})" for name, adapter in names.items())
+        yield f"the adapters name different bases: {said}; they are taken for one model"
+    for adapter in adapters:
+        if adapter.model_config is not None and _essence(adapter) != _essence(first):
+            yield (
+                f"{adapter.label}: its model/config.json differs from that of {first.label}, which "
+                "is used"
+            )
+    for number, adapter in enumerate(adapters[1:], 1):
+        if not any(name in other for other in adapters[:number] for name in adapter):
+            yield f"{adapter.label}: changes no tensor that an adapter before it does"
+
+
+def _essence(adapter: Adapter) -> dict[str, Any]:
+    return {k: v for k, v in (adapter.model_config or {}).items() if k not in _VOLATILE}
+
+
+def _whole_notes(plan: _Plan) -> Iterator[str]:
+    for number, adapter in enumerate(plan.adapters):
+        whole = [
+            name
+            for name, shares in plan.shares.items()
+            for share in shares
+            if share.number == number and share.update.kind == "replacement" and share.weight != 1
+        ]
+        if whole:
+            yield (
+                f"{adapter.label}: {counted(len(whole), 'tensor')} replaced whole ({whole[0]}, "
+                "...): weights do not scale these"
+            )
+
+
+def _factor_dtype(step: Stack, plan: _Plan, stacker: Stacker) -> tuple[str, tuple[str, ...]]:
+    """The factors' dtype, and a note if it is wider than the adapters'."""
+    if step.dtype:
+        return parse_float_dtype(step.dtype), ()
+    dtypes = {share.update.dtype for _, shares in plan.low_rank() for share in shares}
+    if len(dtypes) != 1:
+        return ("F64" if "F64" in dtypes else "F32"), ()
+    common = dtypes.pop()
+    if itemsize(common) >= 4:
+        return common, ()
+    if stacker.policy is not None or not getattr(stacker.combiner, "exact", False):
+        return (common if itemsize(common) == 2 else "F32"), ()
+    inexact = next((n for n, shares in plan.low_rank() if not _folds_exactly(plan, shares)), None)
+    if inexact is None:
+        return common, ()
+    return "F32", (
+        f"the weights times the scales are not powers of two apart ({inexact}, ...): factors are "
+        f"written in fp32 to keep the sum exact; --dtype {_typed(common)} rounds them",
+    )
+
+
+def _typed(dtype: str) -> str:
+    return next(text for text, name in FLOAT_NAMES.items() if name == dtype)
+
+
+def _folds_exactly(plan: _Plan, shares: Sequence[Share]) -> bool:
+    """Whether all weights times scales are one number times powers of two."""
+    if len(shares) == 1:
+        return True
+    factors = []
+    for share in shares:
+        if plan.adapters[share.number].path is None:
+            return False  # only computing it would tell its scale
+        found = share.update.load()  # maps the factors, reads none
+        if isinstance(found, LowRank) and found.scale != 0:
+            factors.append(abs(share.weight * found.scale))
+    return all(math.frexp(factor / min(factors))[0] == 0.5 for factor in factors)
+
+
+def _updates(
+    plan: _Plan, stacker: Stacker, dtype: str, context: dict[str, LazyTensor]
+) -> dict[str, LazyUpdate]:
+    updates = {}
+    for name, shares in plan.shares.items():
+        first = shares[0].update
+        if first.kind == "replacement":
+            updates[name] = LazyUpdate(
+                name,
+                "replacement",
+                first.shape,
+                first.dtype,
+                _replacement(name, shares, context),
+                origin=first.origin,
+            )
+            continue
+        updates[name] = LazyUpdate(
+            name,
+            "low_rank",
+            first.shape,
+            dtype,
+            _combination(stacker, name, shares, dtype),
+            rank=_rank(stacker, name, shares),
+            transposed=_transposed(shares),
+            beneath=next((s.update.beneath for s in shares if s.update.beneath), None),
+        )
+    return updates
+
+
+def _combination(
+    stacker: Stacker, name: str, shares: Sequence[Share], dtype: str
+) -> Callable[[], Any]:
+    return lambda: stacker.combine(name, shares, dtype)
+
+
+def _replacement(
+    name: str, shares: Sequence[Share], context: dict[str, LazyTensor]
+) -> Callable[[], Any]:
+    def load() -> Any:
+        from loratool.stacking import replacement
+
+        return replacement(name, shares, context)
+
+    return load
+
+
+def _rank(stacker: Stacker, name: str, shares: Sequence[Share]) -> int | None:
+    """The largest rank that the result may have, where headers tell it.
+
+    Raises:
+        MismatchError: the combiner needs equal ranks, and two differ.
+    """
+    known = [(share, share.update.rank) for share in shares if share.update.rank is not None]
+    equal = getattr(stacker.combiner, "needs_equal_ranks", False)
+    if equal and known:
+        one, rank = known[0]
+        for other, other_rank in known[1:]:
+            if other_rank != rank:
+                raise MismatchError(
+                    f"{name}: {one.label} has rank {rank} and {other.label} rank {other_rank}; "
+                    "on=factors needs equal ranks: use on=deltas"
+                )
+    if len(known) < len(shares):
+        return None
+    largest = known[0][1] if equal else sum(rank for _, rank in known)
+    shape = shares[0].update.shape
+    if stacker.policy is not None:
+        return min(largest, stacker.policy.limit((shape[0], shape[1])))
+    is_sum = getattr(stacker.combiner, "exact", False) or equal
+    return largest if is_sum else min(largest, *shape)
+
+
+def _transposed(shares: Sequence[Share]) -> bool | None:
+    """Whether the base stores the weight as (in, out), if one of the adapters knows."""
+    known = [s.update.transposed for s in shares if s.update.transposed is not None]
+    return any(known) if known else None
+
+
+def _context(plan: _Plan) -> dict[str, LazyTensor]:
+    """The values that a format may need of whole modules, as far as the adapters know them.
+
+    What the result replaces gets its value when it is loaded. What it leaves alone has the base's
+    value, which an adapter knows that does not change it. Nobody knows the value of the rest.
+    """
+    if len(plan.adapters) == 1 and all(s.weight == 1 for ss in plan.shares.values() for s in ss):
+        return dict(plan.adapters[0].context)
+    context: dict[str, LazyTensor] = {}
+    for adapter in plan.adapters:
+        for name, tensor in adapter.context.items():
+            shares = plan.shares.get(name, ())
+            if shares and shares[0].update.kind == "replacement":
+                context.setdefault(name, tensor)
+            elif shares or name in adapter:
+                context.setdefault(name, _unknown(tensor))
+            elif name not in context or context[name].origin == "":
+                context[name] = tensor
+    return context
+
+
+def _unknown(tensor: LazyTensor) -> LazyTensor:
+    """Stands for a tensor that is needed only where a format cannot say what the result is."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        raise InputError(
+            f"{tensor.name}: PEFT would keep the module whole that holds it, and its value is not "
+            "known without the base: leave the module out with --weights"
+        )
+        yield
+
+    return LazyTensor(tensor.name, tensor.dtype, tensor.shape, blocks)
+
+
+def _base_name(adapters: Sequence[Adapter]) -> str:
+    names = [adapter.base_name for adapter in adapters if adapter.base_name]
+    return next((name for name in names if is_hub_name(name)), next(iter(names), ""))
+
+
+def _tied(plan: _Plan) -> dict[str, str]:
+    tied: dict[str, str] = {}
+    for adapter in plan.adapters:
+        for name, twin in adapter.tied.items():
+            for share in plan.shares.get(name, ()):
+                if name not in plan.adapters[share.number].tied:
+                    raise MismatchError(
+                        f"{name}: {adapter.label} ties it to {twin}, and {share.label} changes it "
+                        f"alone: leave it out with --weights '{share.name}:{name}=0'"
+                    )
+            if tied.setdefault(name, twin) != twin:
+                raise MismatchError(
+                    f"{name}: {adapter.label} ties it to {twin}, another adapter to {tied[name]}"
+                )
+    return tied
+
+
+def _moves(adapters: Sequence[Adapter]) -> tuple[tuple[str, str], ...]:
+    moves: dict[str, str] = {}
+    for adapter in adapters:
+        for old, new in adapter.moves:
+            if moves.setdefault(old, new) != new:
+                raise MismatchError(
+                    f"{adapter.label}: its {old}* is the base's {new}*, another adapter's "
+                    f"{moves[old]}*: give the base with --base"
+                )
+    return tuple(moves.items())
+
+
+def _short_targets(plan: _Plan) -> dict[str, frozenset[str]]:
+    """The short names that mean the same modules to all who know them, and no others of ours."""
+    ours = [name.removesuffix(".weight") for name, _ in plan.low_rank()]
+    found: dict[str, set[frozenset[str]]] = {}
+    for adapter in plan.adapters:
+        for short, modules in adapter.short_targets.items():
+            found.setdefault(short, set()).add(modules)
+    agreed = {short: next(iter(sets)) for short, sets in found.items() if len(sets) == 1}
+    return {
+        short: modules
+        for short, modules in agreed.items()
+        if all(m in modules for m in ours if f".{m}".endswith(f".{short}"))
+    }
+
+
+def _base_digests(adapters: Sequence[Adapter]) -> dict[str, str]:
+    return {name: digest for a in adapters for name, digest in a.base_digests.items()}
+
+
+def _provenance(step: Stack, plan: _Plan, stacker: Stacker) -> Provenance:
+    terms = ", ".join(f"{w:g} {n}" for w, n in zip(plan.weights, plan.names, strict=True))
+    return Provenance(
+        "Stacking",
+        "Stacked",
+        f"{counted(len(plan.adapters), 'adapter')} ({terms}) combined by loratool: "
+        f"`{step.combiner}`.",
+        stacker.interference.lines,
+    )
+
+
+def _facts(step: Stack, plan: _Plan, stacker: Stacker) -> dict[str, Any]:
+    """For the manifest; after draining, when computed adapters know the base's digests too."""
+    records = [
+        (a.label, a.base_digests or a.facts().get("base", {}).get("tensors", {}))
+        for a in plan.adapters
+    ]
+    for (label, digests), (other_label, others) in combinations(records, 2):
+        require_same_digests(label, digests, other_label, others)
+    return {
+        "options": {
+            "combiner": step.combiner,
+            "weights": list(step.weights),
+            "rank": step.rank,
+            "energy": step.energy,
+            "ratio": step.ratio,
+            "factorizer": step.factorizer,
+            "seed": step.seed,
+        },
+        "parts": [
+            {"name": name, "weight": weight}
+            for name, weight in zip(plan.names, plan.weights, strict=True)
+        ],
+        "interference": stacker.interference.data(),
+        **base_facts({name: digest for _, own in records for name, digest in own.items()}),
+    }

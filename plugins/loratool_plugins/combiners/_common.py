@@ -1,0 +1,58 @@
+"""What combiners share: checks of options, PEFT's weights of factors, and how they end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loratool.adapter import LowRank
+from loratool.errors import InputError, UsageError
+from loratool.linalg import RankPolicy
+
+if TYPE_CHECKING:
+    from loratool.lowrank import Product
+
+ON = ("deltas", "factors")
+ON_HELP = "deltas: on B @ A, as published; factors: on A and B apart, as PEFT does"
+
+
+def check_choice(combiner: str, key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UsageError if an option has none of its values."""
+    if value not in choices:
+        raise UsageError(f"{combiner}: {key} is one of {', '.join(choices)}, not {value!r}")
+
+
+def check_density(combiner: str, density: float) -> None:
+    """Raise UsageError if a density does not lie in (0, 1]."""
+    if not 0 < density <= 1:
+        raise UsageError(f"{combiner}: density must lie in (0, 1], not {density:g}")
+
+
+def factor_weights(
+    parts: Sequence[LowRank], weights: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """The weights that PEFT gives A and B: their products are w_i s_i, the sign goes to A.
+
+    Raises:
+        InputError: the ranks differ.
+    """
+    ranks = [part.rank for part in parts]
+    if len(set(ranks)) > 1:
+        raise InputError(
+            f"on=factors needs equal ranks, not {', '.join(map(str, ranks))}: use on=deltas"
+        )
+    scaled = [weight * part.scale for part, weight in zip(parts, weights, strict=True)]
+    on_b = [math.sqrt(abs(factor)) for factor in scaled]
+    return [math.copysign(root, w) for root, w in zip(on_b, scaled, strict=True)], on_b
+
+
+def finished(product: Product, policy: RankPolicy | None) -> LowRank:
+    """A combination that is known by its factors, recompressed if a policy is given."""
+    from loratool import lowrank
+
+    if policy is not None:
+        found = lowrank.compress([product], policy)
+        return LowRank(found.a, found.b, 1.0, found.certificate)
+    certificate = lowrank.exact_certificate([product], product.a.shape[0])
+    return LowRank(product.a, product.b, product.factor, certificate)

@@ -1,0 +1,64 @@
+"""The weighted sum of the largest elements of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratool.adapter import LowRank
+from loratool.linalg import Factorizer, RankPolicy
+from loratool.plugins import option
+from loratool_plugins.combiners import _common as common
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class MagnitudePrune:
+    """The weighted sum of the largest elements of each part.
+
+    Of each delta T_i keep the floor(density * size) largest elements by magnitude, of equal ones
+    the first in row-major order, and sum w_i T_i: the trimming of TIES (Yadav et al., 2023, arXiv
+    2306.01708) with task arithmetic (Ilharco et al., 2022, arXiv 2212.04089). Linear in the
+    weights, but not in the parts.
+
+    on=deltas is PEFT's "magnitude_prune_svd", with the sum of the ranks as default; on=factors is
+    PEFT's "magnitude_prune", which prunes A and B apart and sums them with weights sqrt(|w_i s_i|):
+    all ranks must be equal, products of different parts come in, and it is nonlinear in the
+    weights. PEFT 0.21.2 gets both wrong where the first adapter uses rsLoRA: the new one inherits
+    use_rslora.
+    """
+
+    density: float = option(0.2, "share of the elements of each part to keep, in (0, 1]")
+    on: str = option("deltas", common.ON_HELP)
+
+    def __post_init__(self) -> None:
+        common.check_density("magnitude_prune", self.density)
+        common.check_choice("magnitude_prune", "on", self.on, common.ON)
+
+    @property
+    def needs_equal_ranks(self) -> bool:
+        """Whether all parts must have one rank."""
+        return self.on == "factors"
+
+    def combine(
+        self,
+        parts: Sequence[LowRank],
+        weights: Sequence[float],
+        policy: RankPolicy | None,
+        factorizer: Factorizer,
+        generator: torch.Generator,
+    ) -> LowRank:
+        """The combination in fp32; its certificate is that of the factorization.
+
+        Raises:
+            InputError: on=factors, and the ranks differ.
+        """
+        from loratool_plugins.combiners import _elementwise as elementwise
+
+        trim, merge = elementwise.largest(self.density), elementwise.weighted_sum
+        if self.on == "factors":
+            return elementwise.on_factors(parts, weights, policy, trim, merge)
+        return elementwise.on_deltas(parts, weights, policy, factorizer, generator, trim, merge)
