@@ -130,15 +130,31 @@ def extract(
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 
 
-def validate(adapter: AdapterLike, base: CheckpointLike, *, deep: bool = False) -> Report:
+def validate(
+    adapter: AdapterLike,
+    base: CheckpointLike,
+    merged: CheckpointLike | None = None,
+    *,
+    deep: bool = False,
+    weight: float = 1.0,
+) -> Report:
     """Check an adapter against a base by headers; the report lists every problem.
 
     Args:
         adapter: the adapter.
         base: the base model.
+        merged: a merged model, by anybody, to prove: the report tells whether it is the base with
+            this adapter added and nothing else, and its `status` is 3 where that cannot be told.
         deep: read the values too, and look for NaN and Inf.
+        weight: the strength that `merged` should have been merged at.
+
+    Raises:
+        InputError: a file cannot be read, or holds NaN or Inf in what has to be compared.
+        MismatchError: `merged` is of another architecture, or quantized.
+        UsageError: a weight of 0, or one that is not finite, or one without `merged`.
     """
-    return Validate(deep).run(_adapter(adapter), _checkpoint(base))
+    opened = None if merged is None else _checkpoint(merged)
+    return Validate(deep, weight).run(_adapter(adapter), _checkpoint(base), opened)
 
 
 def merge(
@@ -203,7 +219,9 @@ def unmerge(
     found = Unmerge(tuple(only)).run(_checkpoint(merged), _weighted(adapters), opened)
     if isinstance(found, RestoredCheckpoint):
         return _as(LazyBase, found)
-    return _as(LazyModel if isinstance(found, MergedCheckpoint) else LazyDifference, found)
+    if isinstance(found, MergedCheckpoint):
+        return _as(LazyModel, found)
+    return _as(LazyDifference, found)
 
 
 def switch(merged: str | Path, to: Sequence[tuple[AdapterLike, float]]) -> Report:

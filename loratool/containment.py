@@ -55,6 +55,10 @@ _STATUS: dict[Verdict, int] = {
 _ORDER: tuple[Verdict, ...] = (
     "other changes", "not applied", "another strength", "cannot be told", "applied",
 )  # fmt: skip
+# As they follow a number.
+_WORDS: dict[Verdict, str] = {
+    "another strength": "applied at another strength", "other changes": "with other changes",
+}  # fmt: skip
 _WORKSPACE = Workspace()
 
 
@@ -352,7 +356,7 @@ class _Outcome:
 
     def _counts(self) -> list[str]:
         counts = Counter(entry.verdict for entry in self.updates)
-        parts = [f"{counts[verdict]} {verdict}" for verdict in reversed(_ORDER) if counts[verdict]]
+        parts = [f"{counts[v]} {_WORDS.get(v, v)}" for v in reversed(_ORDER) if counts[v]]
         return [f"{counted(len(self.updates), 'update')}: {', '.join(parts)}"]
 
     def _measures(self) -> list[str]:
@@ -370,8 +374,8 @@ class _Outcome:
                 f"{share} of {format_count(told)} changed weights reproduced to the bit in "
                 f"{counted(len(tallies), 'tensor')}: {way}"
             )
-        if ratio := self._residual():
-            lines.append(f"left over: {ratio:.3g} of what rounding explains")
+        if by_way and (ratio := self._residual()) is not None:
+            lines.append(f"what is left over is {ratio:.3g} times what rounding explains")
         return lines
 
     def _residual(self) -> float | None:
@@ -387,7 +391,7 @@ class _Outcome:
         parts += [f"{len(self.changed)} changed"] if self.changed else []
         for names, what in ((pairs.missing, "missing"), (pairs.extra, "additional")):
             parts += [f"{len(names)} {what} ({listed(names, 2)})"] if names else []
-        lines = [f"other tensors: {', '.join(parts)}"]
+        lines = [f"other tensors: {', '.join(parts)}"] if untouched or len(parts) > 1 else []
         hidden = [entry for entry in self.updates if not entry.is_telling]
         if hidden:
             lines.append(

@@ -14,9 +14,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from loratool.lowrank import Product
+from loratool.lowrank import Product, grams
 
 # Cosines below this are called independent in words; unrelated updates of real models are below.
 _INDEPENDENT = 0.05
@@ -74,17 +73,17 @@ def pairwise(parts: Sequence[Product]) -> dict[tuple[int, int], Interference]:
     Returns:
         (i, j), i < j -> their interference.
     """
-    grams = _gram_blocks(parts)
+    blocks = _gram_blocks(parts)
     factors = torch.tensor([part.factor for part in parts], dtype=torch.float64)
-    inner = ((grams[0] * grams[1]).sum(dim=(-2, -1)) * factors * factors[:, None]).tolist()
+    inner = ((blocks[0] * blocks[1]).sum(dim=(-2, -1)) * factors * factors[:, None]).tolist()
     norms = [math.sqrt(max(0.0, inner[i][i])) for i in range(len(parts))]
-    white, ranks = _whitening(grams)
+    white, ranks = _whitening(blocks)
     pairs = list(combinations(range(len(parts)), 2))
     one, other = ([pair[side] for pair in pairs] for side in (0, 1))
-    products = grams[:, one, other]
+    products = blocks[:, one, other]
     cosines = torch.linalg.svdvals(white[:, one].mT @ products @ white[:, other]).clamp_(max=1.0)
     smaller = torch.minimum(ranks[:, one], ranks[:, other]).clamp_(min=1)
-    lengths = grams.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2).sum(dim=-1)
+    lengths = blocks.diagonal(dim1=1, dim2=2).diagonal(dim1=1, dim2=2).sum(dim=-1)
     table = torch.stack(
         [
             cosines[..., 0],
@@ -109,27 +108,24 @@ def _gram_blocks(parts: Sequence[Product]) -> torch.Tensor:
 
     Smaller ranks are filled up with zeros, which add no direction.
     """
-    rank = max(part.a.shape[0] for part in parts)
-    b = torch.cat([_widened(part.b, 1, rank) for part in parts], dim=1).double()
-    a = torch.cat([_widened(part.a, 0, rank) for part in parts], dim=0).double()
-    blocks = torch.stack([b.T @ b, a @ a.T])
-    return blocks.view(2, len(parts), rank, len(parts), rank).transpose(2, 3)
+    ranks = [part.a.shape[0] for part in parts]
+    count, rank = len(ranks), max(ranks)
+    blocks = grams(parts)
+    if min(ranks) < rank:
+        places = torch.tensor([i * rank + k for i in range(count) for k in range(ranks[i])])
+        filled = blocks.new_zeros(2, count * rank, count * rank)
+        filled[:, places[:, None], places] = blocks
+        blocks = filled
+    return blocks.view(2, count, rank, count, rank).transpose(2, 3)
 
 
-def _widened(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    missing = rank - factor.shape[dim]
-    if not missing:
-        return factor
-    return functional.pad(factor, (0, missing) if dim else (0, 0, 0, missing))
-
-
-def _whitening(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _whitening(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrices W (2, parts, r, r) that make X W orthonormal, and how many columns they have.
 
     Directions shorter than 1e-6 of a factor's longest count as absent: a Gram matrix tells no more.
     Their columns are zero.
     """
-    values, vectors = torch.linalg.eigh(grams.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2))
+    values, vectors = torch.linalg.eigh(blocks.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2))
     present = values > _ABSENT * values[..., -1:]
     scales = torch.where(present, values, 1.0).rsqrt() * present
     return vectors * scales[..., None, :], present.sum(dim=-1)

@@ -29,8 +29,9 @@ def require_distinct(adapters: Sequence[Adapter]) -> None:
     """
     for one, other in combinations(adapters, 2):
         if _same_place(one, other):
+            also = f", also as {other.label}" if other.label != one.label else ""
             raise MismatchError(
-                f"{other.label} is given twice: give it once, with the sum of the weights"
+                f"{one.label} is given twice{also}: give it once, with the sum of the weights"
             )
         if _same_tensors(_stored(one), _stored(other)):
             raise MismatchError(

@@ -15,7 +15,7 @@ import torch
 
 from loratool.adapter import LowRank
 from loratool.dtypes import torch_dtype
-from loratool.linalg import Certificate, Factorization, RankPolicy
+from loratool.linalg import Certificate, Factorization, RankPolicy, Workspace
 
 # What fp64 rounding may do to an energy, as a share of the total.
 _FP64_SLACK = 1e-12
@@ -23,6 +23,8 @@ _FP64_SLACK = 1e-12
 _NEGLIGIBLE = 1e-14
 # Elements between 2^-n and 2^n have squares, and sums of products of squares, well inside fp64.
 _SAFE_EXPONENT = 200
+
+_scratch = Workspace()
 
 
 class Product(NamedTuple):
@@ -64,6 +66,14 @@ def squared_norm(parts: Sequence[Product]) -> float:
     return max(0.0, inner(parts, parts))
 
 
+def grams(parts: Sequence[Product]) -> torch.Tensor:
+    """B^T B and A A^T of the concatenated factors, without `factor`: (2, R, R), fp64."""
+    ones = [1.0] * len(parts)
+    b = _stacked("b", [part.b.T for part in parts], ones)
+    a = _stacked("a", [part.a for part in parts], ones)
+    return torch.stack([b @ b.T, a @ a.T])
+
+
 def decompose(
     parts: Sequence[Product],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,20 +86,45 @@ def decompose(
         U (out, k), sigma (k,) descending, V^T (k, in), fp64, k = min(R, out, in); singular values
         that are rounding alone, and their vectors, are left out, but one is always kept.
     """
-    q_b, u, sigma, v, q_a = _core(parts)
-    return q_b @ u, sigma, v @ q_a.T
+    core = _core(parts)
+    return core.columns.times(core.u), core.sigma, core.rows.times(core.v.T).T
 
 
-def _core(
-    parts: Sequence[Product],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q_B U, sigma and V Q_A^T of `decompose` before the large products are made."""
+class _Basis:
+    """The orthonormal columns Q of a matrix (length, R), kept as Householder reflections.
+
+    Few columns of Q X are wanted, and Q itself would cost more than they do.
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        reflections, self._tau = torch.geqrf(matrix)
+        self._rank = min(matrix.shape)
+        self._reflections = reflections[:, : self._rank]
+        self.triangle = reflections[: self._rank].triu()
+
+    def times(self, small: torch.Tensor) -> torch.Tensor:
+        """Q @ small: (length, k) for `small` (min(length, R), k)."""
+        padded = small.new_zeros(small.shape[1], len(self._reflections)).T
+        padded[: self._rank] = small
+        return torch.ormqr(self._reflections, self._tau, padded)
+
+
+class _Core(NamedTuple):
+    """A sum of products as Q_B u diag(sigma) v Q_A^T, before the large products are made."""
+
+    columns: _Basis
+    u: torch.Tensor
+    sigma: torch.Tensor
+    v: torch.Tensor
+    rows: _Basis
+
+
+def _core(parts: Sequence[Product]) -> _Core:
     b, a, shift = _shifted(parts)
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    columns, rows = _Basis(b), _Basis(a.T)
+    u, sigma, v = torch.linalg.svd(columns.triangle @ rows.triangle.T, full_matrices=False)
     kept = _significant(sigma)
-    return q_b, u[:, :kept], torch.ldexp(sigma[:kept], shift), v[:kept], q_a
+    return _Core(columns, u[:, :kept], torch.ldexp(sigma[:kept], shift), v[:kept], rows)
 
 
 def singular_values(parts: Sequence[Product]) -> torch.Tensor:
@@ -101,13 +136,28 @@ def singular_values(parts: Sequence[Product]) -> torch.Tensor:
 
 
 def _shifted(parts: Sequence[Product]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """B and A, times powers of two where fp64 squares would not be safe, and what undoes them."""
-    b, a = concatenated(parts)
+    """B and A, times powers of two where fp64 squares would not be safe, and what undoes them.
+
+    They are valid until this thread calls it again: fresh memory costs more than filling it.
+    """
+    b = _stacked("b", [part.b.T for part in parts], [part.factor for part in parts]).T
+    a = _stacked("a", [part.a for part in parts], [1.0] * len(parts))
     exponents = [_exponent(factor) for factor in (b, a)]
     if max(map(abs, exponents)) <= _SAFE_EXPONENT:
         return b, a, torch.tensor(0)
     b, a = (torch.ldexp(f, torch.tensor(-n)) for f, n in zip((b, a), exponents, strict=True))
     return b, a, torch.tensor(sum(exponents))
+
+
+def _stacked(name: str, blocks: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """Blocks of rows (r, length) times their factors, in fp64 and this thread's buffer."""
+    ranks = [len(block) for block in blocks]
+    stacked = _scratch.take(name, (sum(ranks), blocks[0].shape[1]), torch.float64)
+    for rows, block, factor in zip(torch.split(stacked, ranks), blocks, factors, strict=True):
+        rows.copy_(block)
+        if factor != 1:
+            rows.mul_(factor)
+    return stacked
 
 
 def _significant(sigma: torch.Tensor) -> int:
@@ -131,17 +181,17 @@ def compress(parts: Sequence[Product], policy: RankPolicy | None) -> Factorizati
         Balanced factors in fp64 and a certificate whose error is that of the truncation. A zero
         sum gives rank 1 with zero factors.
     """
-    q_b, u, sigma, v, q_a = _core(parts)
+    columns, u, sigma, v, rows = _core(parts)
     energies = sigma.square()
     total = float(energies.sum())
-    shape = (q_b.shape[0], q_a.shape[0])
+    shape = (parts[0].b.shape[0], parts[0].a.shape[1])
     rank = len(sigma) if policy is None else policy.choose(energies, total, shape) or len(sigma)
     captured = float(energies[:rank].sum())
     root = sigma[:rank].sqrt()
     bound = min(total, captured) * (1 + _FP64_SLACK)
     return Factorization(
-        a=(root[:, None] * v[:rank]) @ q_a.T,
-        b=q_b @ (u[:, :rank] * root),
+        a=rows.times((root[:, None] * v[:rank]).T).T,
+        b=columns.times(u[:, :rank] * root),
         sigma=sigma[:rank],
         certificate=Certificate(rank, total, captured, optimum_bound=bound, method="qr"),
     )

@@ -53,8 +53,10 @@ from loratool.rounding import round_to
 Verdict = Literal["applied", "another strength", "not applied", "other changes", "cannot be told"]
 
 EVIDENCE = 16
-STOCHASTIC = "rounded stochastically"
+STOCHASTIC = "by stochastic rounding"
+COARSE = "by a product of rounded factors"
 _AGREEMENT = 0.9
+_REPRODUCED = 0.99
 _SIGNIFICANT = 8
 _AT_STRENGTH = 4
 _CHANCE = 5
@@ -96,8 +98,7 @@ class Strength:
         if not self.is_limited:
             return f"{self.value:.6g}"
         error = max(self.value - self.low, self.high - self.value)
-        digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 6
-        return f"{self.value:.6g} (±{error:.{min(digits, 9)}f})"
+        return f"{self.value:.6g} (±{error:.2g})"
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ def prove_update(replay: Replay, expected: float, stochastic: bool = False) -> F
         InputError: NaN or Inf in a tensor.
     """
     sample = replay.sample()
+    other = None
+    if _is_elsewhere(sample, expected):  # spares a pass
+        other = _at_another_strength(replay, sample, expected)
+        if other is not None and _is_merge(other):
+            return _merged(other, sample, expected)
     first = _best(replay, sample, expected)
     if first.same == first.elements and not (stochastic and 0 < first.outside < EVIDENCE):
         return _unchanged(first)
@@ -166,15 +172,24 @@ def prove_update(replay: Replay, expected: float, stochastic: bool = False) -> F
         return Finding("other changes", "changed, but the update is zero", tally=first)
     if not first.outside:
         return _merged(first, sample, expected)
-    other = _at_another_strength(replay, sample, expected)
+    other = other or _at_another_strength(replay, sample, expected)
     if other is not None and _is_merge(other) and other.equal > first.equal:
         return _merged(other, sample, expected)
     if (loose := _loosely_merged(replay, sample, expected, stochastic)) is not None:
         return loose
-    for tally in (first, other):
-        if tally is not None and _mostly_agrees(tally):
-            return _edited(tally, replay, sample, expected)
-    return _otherwise(replay, sample, first)
+    agreeing = [t for t in (first, other) if t is not None and _mostly_agrees(t)]
+    edited = _edited(agreeing[0], replay, sample, expected) if agreeing else None
+    if edited is not None and edited.contained:
+        return edited
+    otherwise = _otherwise(replay, sample, first)
+    return edited if edited is not None and not otherwise.contained else otherwise
+
+
+def _is_elsewhere(sample: Replay, expected: float) -> bool:
+    """Whether a sample was changed, and by something else than the update as expected."""
+    trial = _trials(sample, expected)[0]
+    changed = trial.same < trial.elements and trial.update > 0
+    return bool(trial.outside) and changed and not _mostly_agrees(trial)
 
 
 def _is_merge(tally: Tally) -> bool:
@@ -183,12 +198,7 @@ def _is_merge(tally: Tally) -> bool:
 
 def _best(replay: Replay, sample: Replay, strength: float) -> Tally:
     """The tally of the way that explains the tensor best, chosen by the sample."""
-    trials = []
-    for way in replay.ways():
-        trials.append(sample.tally(strength, way))
-        if trials[-1].equal == trials[-1].elements:
-            break
-    trials.sort(key=lambda trial: (trial.outside, -trial.reproduced))
+    trials = _trials(sample, strength)
     found = trials[0] if sample is replay else replay.tally(strength, trials[0].way)
     for trial in trials[1:]:
         if not found.outside or trial.outside:
@@ -197,6 +207,28 @@ def _best(replay: Replay, sample: Replay, strength: float) -> Tally:
             other = replay.tally(strength, trial.way)
             found = min(found, other, key=lambda tally: tally.outside)
     return found
+
+
+def _trials(sample: Replay, strength: float) -> list[Tally]:
+    """The ways on a sample, the best first."""
+    trials: list[Tally] = []
+    hopeless: set[Way] = set()
+    for way in sample.ways():
+        if way.start in hopeless:
+            continue
+        trial = sample.tally(strength, way)
+        trials.append(trial)
+        if trial.equal == trial.elements:
+            break
+        if trial.outside and not _mostly_agrees(trial):
+            hopeless.add(way.start)
+    return sorted(
+        trials,
+        key=lambda trial: (
+            trial.outside > 0,
+            0 if trial.way.start in hopeless else -trial.reproduced,
+        ),
+    )
 
 
 def _unchanged(tally: Tally) -> Finding:
@@ -215,8 +247,7 @@ def _merged(tally: Tally, sample: Replay, expected: float) -> Finding:
         return Finding("cannot be told", reason, tally=tally)
     share = format_share(tally.reproduced / tally.informative)
     reason = f"{share} of {tally.informative:,} changed weights reproduced to the bit"
-    way = describe(tally.way, sample.dtype)
-    return _applied(tally, expected, reason, way, _limits(sample, tally))
+    return _applied(tally, expected, reason, describe(tally, sample.dtype), _limits(sample, tally))
 
 
 def _applied(tally: Tally, expected: float, reason: str, way: str, strength: Strength) -> Finding:
@@ -225,16 +256,19 @@ def _applied(tally: Tally, expected: float, reason: str, way: str, strength: Str
     return Finding("another strength", reason, strength, way, False, tally)
 
 
-def describe(way: Way, dtype: str) -> str:
-    """A way in words."""
+def describe(tally: Tally, dtype: str) -> str:
+    """The way of a merge in words, where its replay tells it from the others."""
+    if tally.reproduced < _REPRODUCED * tally.informative:
+        return "the product's sums rounded in another order, as PEFT does it in fp32"
+    cast, factors, delta = tally.way
     words = "rounded once: loratool's way, and PEFT's by default"
-    if way.delta:
+    if delta:
         words = "delta rounded first: PEFT's way with safe_merge, or on a GPU"
-    if way.factors:
+    if factors:
         words = "factors rounded first"
-    if way.factors and way.delta:
+    if factors and delta:
         words = "factors and delta rounded first: PEFT's way without autocast_adapter_dtype"
-    return f"{words}; base rounded to {dtype} before" if way.cast else words
+    return f"{words}; base rounded to {dtype} before" if cast else words
 
 
 def _limits(sample: Replay, tally: Tally) -> Strength:
@@ -258,7 +292,7 @@ def _at_another_strength(replay: Replay, sample: Replay, expected: float) -> Tal
         if not found.outside or not _mostly_agrees(found):
             return found
         # A sample leaves more room than a strength that is no round number may need.
-        every = replay.tally(value, found.way, thorough=True)
+        every = replay.tally(value, found.way, "limits")
         low, high = every.low, every.high
         if low > high:
             return found
@@ -287,19 +321,20 @@ def _loosely_merged(
 ) -> Finding | None:
     """Rules 4 and 5: the sample proposes, the whole tensor decides."""
     for way in _starts(replay):
-        trial = sample.tally(expected, way, thorough=True)
+        trial = sample.tally(expected, way, "neighbours")
         for strength in (expected, *_other_strength(trial)):
             if strength != expected:
-                trial = sample.tally(strength, way, thorough=True)
+                trial = sample.tally(strength, way, "neighbours")
             if not (_is_stochastic(trial) or _is_near(trial)):
                 continue
-            whole = trial if sample is replay else replay.tally(strength, way, thorough=True)
-            words = STOCHASTIC if _is_stochastic(whole) else ""
-            words = "a coarse product" if _is_coarse(whole) else words
+            whole = trial if sample is replay else replay.tally(strength, way, "neighbours")
+            words = COARSE if _is_coarse(whole) else ""
+            words = STOCHASTIC if _is_stochastic(whole) else words
             fit = whole.whole
             if words and _SIGNIFICANT * fit.error < 1:
                 spread = _strength(fit, strength, strength)
-                return _applied(whole, expected, "every weight is as near as it is", words, spread)
+                reason = f"every weight is as near as can be {words}"
+                return _applied(whole, expected, reason, words, spread)
             if words and stochastic:
                 reason = "too few weights tell how they were rounded"
                 return Finding("cannot be told", reason, tally=whole)
@@ -347,7 +382,7 @@ def _edited(tally: Tally, replay: Replay, sample: Replay, expected: float) -> Fi
         f"{tally.outside:,} of {tally.elements:,} weights are not what a merge gives, the first at "
         f"[{row}, {column}]"
     )
-    way, strength = describe(tally.way, replay.dtype), _limits(sample, tally)
+    way, strength = describe(tally, replay.dtype), _limits(sample, tally)
     contained = tally.strength == expected and tally.agreeing >= _AGREEMENT * tally.informative
     return Finding("other changes", reason, strength, way, contained, tally)
 
@@ -355,9 +390,9 @@ def _edited(tally: Tally, replay: Replay, sample: Replay, expected: float) -> Fi
 def _otherwise(replay: Replay, sample: Replay, first: Tally) -> Finding:
     """Rule 7."""
     expected, way = first.strength, first.way.start
-    tally = sample.tally(expected, way, thorough=True)
+    tally = sample.tally(expected, way, "squares")
     if tally.visible.count < _ENOUGH_VISIBLE and sample is not replay:
-        tally = replay.tally(expected, way, thorough=True)
+        tally = replay.tally(expected, way, "squares")
     if tally.visible.count < _FEWEST_VISIBLE:
         return _barely_visible(tally)
     fit = tally.visible

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from loratool.residual import bit_patterns
 from loratool.rounding import TILE_ELEMENTS, Nearest, round_to
 
 _SAMPLE_ELEMENTS = 1 << 16
-# Temporaries of 64 KiB come from memory that the process has; larger ones are page faults.
-_SMALL_TILE = 1 << 13
+# Temporaries below 128 KiB come from memory that the process has; larger ones are page faults.
+_SMALL_TILE = 12 << 10
 _EXPONENT = 0x7FF << 52  # of a double's bits
 _PRODUCT_ERROR = 2.0**-22
 # A sum that was rounded to fp32 first may pass a half-way point by this.
@@ -45,6 +45,11 @@ _COARSE_ERROR_OTHERWISE = 2.0**-10
 # From this many units in the last place on, rounding of weights that lie on a grid hides less than
 # 0.4% of an update's mean (measured at strengths from 0.25 to 2.7; 1% from 4 units on, 6% from 2).
 _VISIBLE_UNITS = 8
+
+
+# What to count beyond a replay: limits of the strength (low, high), least squares (visible, told),
+# or how near weights are to their neighbours (whole, coarse, beyond, chances).
+Look = Literal["replay", "limits", "squares", "neighbours"]
 
 
 class Way(NamedTuple):
@@ -155,15 +160,15 @@ class Tally:
         change: ||R||^2.
         update: ||S||^2.
         noise: what roundings to nearest explain of ||R - S||^2: ulp^2 / 12 for each.
-        whole: moments of all weights.
-        visible: of weights whose update is at least eight units in the last place.
-        told: of the informative ones.
         low: with `high`, the strengths that put every weight within its bound; low > high if none.
+        visible: moments of weights whose update is at least eight units in the last place.
+        told: moments of the informative ones.
+        whole: moments of all.
         coarse: outside the bound of a product of coarse factors.
         beyond: further off than rounding up or down can bring them.
         chances: of weights within a quarter of a unit of a neighbour, and of the others.
 
-    `whole` and what follows is counted only if asked for.
+    What a `Look` is for is counted only with that look.
     """
 
     strength: float
@@ -180,11 +185,11 @@ class Tally:
     change: float = 0.0
     update: float = 0.0
     noise: float = 0.0
-    whole: Moments = field(default_factory=Moments)
-    visible: Moments = field(default_factory=Moments)
-    told: Moments = field(default_factory=Moments)
     low: float = -math.inf
     high: float = math.inf
+    visible: Moments = field(default_factory=Moments)
+    told: Moments = field(default_factory=Moments)
+    whole: Moments = field(default_factory=Moments)
     coarse: int = 0
     beyond: int = 0
     chances: tuple[Chances, Chances] = field(default_factory=lambda: (Chances(), Chances()))
@@ -314,13 +319,13 @@ class Replay:
             for factors, delta in (roundings if self._can_round else roundings[:2])
         ]
 
-    def tally(self, strength: float, way: Way, thorough: bool = False) -> Tally:
+    def tally(self, strength: float, way: Way, look: Look = "replay") -> Tally:
         """Replay one hypothesis over the whole tensor, in one pass.
 
         Args:
             strength: how much of the update.
             way: how it was merged.
-            thorough: whether to count everything.
+            look: what else to count.
 
         Raises:
             InputError: NaN or Inf in a tensor.
@@ -330,20 +335,25 @@ class Replay:
         found.update = delta.squared_norm()
         if way.delta:
             found.noise += _benford_noise(self._epsilon) * found.update
-        for tile in self._tiles(delta, way, _SMALL_TILE if thorough else TILE_ELEMENTS):
+        for tile in self._tiles(delta, way, TILE_ELEMENTS if look == "replay" else _SMALL_TILE):
             self._count(tile, found)
-            if thorough:
-                self._count_moments(tile, found)
-                self._count_others(tile, found)
+            if look == "limits":
+                lows, highs = self._interval(tile)
+                found.low = max(found.low, float(lows.max()))
+                found.high = min(found.high, float(highs.min()))
+            elif look == "squares":
+                _count_squares(tile, found)
+            elif look == "neighbours":
+                self._count_neighbours(tile, found)
             found.noise += _dot(tile.half, tile.half) / 3
             change = torch.sub(tile.merged, tile.weight, out=tile.total)
             found.along += _dot(change, tile.delta)
             found.change += _dot(change, change)
         if not math.isfinite(found.change):
             self._require_finite()
-        if thorough and strength < 0:
-            found.low, found.high = found.high, found.low
-        found.low, found.high = found.low * strength, found.high * strength
+        if look == "limits":
+            ends = (found.low * strength, found.high * strength)
+            found.low, found.high = ends if strength > 0 else ends[::-1]
         return found
 
     def supported(self, strength: float, way: Way) -> Support:
@@ -422,8 +432,9 @@ class Replay:
             found.agreeing += told
             found.reproduced += told
             return
-        off = (tile.merged - tile.total).abs_()
-        outside = (off > self._bound(tile)).numpy()
+        off = self._workspace.take("off", (size,), torch.float64)
+        torch.sub(tile.merged, tile.total, out=off).abs_()
+        outside = torch.gt(off, self._bound(tile)).numpy()
         found.agreeing += _number(informative & changed & ~outside)
         found.reproduced += _number(informative & ~unequal)
         if (count := _number(outside)) and found.first_outside < 0:
@@ -431,25 +442,13 @@ class Replay:
         found.outside += count
 
     def _bound(self, tile: _Tile) -> torch.Tensor:
-        bound = tile.delta.abs().mul_(self._epsilon).add_(tile.half, alpha=_TIE_ERROR)
+        bound = self._workspace.take("bound", tuple(tile.delta.shape), torch.float64)
+        torch.abs(tile.delta, out=bound).mul_(self._epsilon).add_(tile.half, alpha=_TIE_ERROR)
         return bound.view(len(tile.slack), -1).add_(tile.slack).view(-1)
 
-    def _count_moments(self, tile: _Tile, found: Tally) -> None:
-        """What least squares and limits need."""
-        change = tile.merged - tile.weight
-        found.whole.add(change, tile.delta, len(change))
-        visible = tile.delta.abs() >= 2 * _VISIBLE_UNITS * tile.half
-        for mask, moments in (
-            (visible, found.visible),
-            (torch.from_numpy(tile.informative), found.told),
-        ):
-            moments.add(change * mask, tile.delta * mask, int(torch.count_nonzero(mask)))
-        lows, highs = self._interval(tile)
-        found.low = max(found.low, float(lows.max()))
-        found.high = min(found.high, float(highs.min()))
-
-    def _count_others(self, tile: _Tile, found: Tally) -> None:
+    def _count_neighbours(self, tile: _Tile, found: Tally) -> None:
         """What tells coarse products and rounding at random from changes."""
+        found.whole.add(tile.merged - tile.weight, tile.delta, tile.merged.numel())
         off = (tile.merged - tile.total).abs_()
         coarse = self._bound(tile).view(len(tile.slack), -1).add_(tile.coarse).view(-1)
         found.coarse += int(torch.count_nonzero(off > coarse))
@@ -499,6 +498,15 @@ def differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return found
 
 
+def _count_squares(tile: _Tile, found: Tally) -> None:
+    change = tile.merged - tile.weight
+    for mask, moments in (
+        (tile.delta.abs() >= 2 * _VISIBLE_UNITS * tile.half, found.visible),
+        (torch.from_numpy(tile.informative), found.told),
+    ):
+        moments.add(change * mask, tile.delta * mask, int(torch.count_nonzero(mask)))
+
+
 def _number(mask: np.ndarray) -> int:
     return int(np.count_nonzero(mask))
 
@@ -520,6 +528,7 @@ def precision(values: torch.Tensor) -> str:
     """The dtype that holds these values: a narrower one than their own, if that is a wide float."""
     if not values.is_floating_point():
         return dtype_name(values.dtype)
+    values = torch.where(values.isnan(), 0, values) if values.itemsize > 2 else values
     for kind in (torch.bfloat16, torch.float16, torch.float32):
         if kind.itemsize >= values.itemsize:
             break

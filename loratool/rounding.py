@@ -9,7 +9,7 @@ rounded again, with the rest that fp64 had to drop (TwoSum) to decide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import tiles
 
-TILE_ELEMENTS = 1 << 16  # an fp64 tile of 512 KiB: a few of them stay in the L2 cache
+Array = np.ndarray[Any, np.dtype[Any]]
+
+TILE_ELEMENTS = 1 << 18  # long enough operations that threads seldom wait for the interpreter
 
 # dtype -> (bits of the significand with the hidden one, exponent of the smallest subnormal)
 _PRECISION = {
@@ -72,14 +74,13 @@ class Nearest:
         single = self._single[:size]
         single.copy_(total)
         narrow = single if self._dtype == "F32" else self._narrow[:size].copy_(single)
-        doubtful = self._doubtful(total, single)
-        if doubtful.size:
-            where = torch.from_numpy(doubtful)
-            parts = total[where], weight[where], delta[where] * sign
-            narrow[where] = _cast(_nearest(*parts, self._dtype), self._dtype)
+        where = self._doubtful(total, single)
+        if where.size:
+            t, w, d = (x.numpy()[where] for x in (total, weight, delta))
+            _store(_nearest(t, w, d, sign, self._dtype), narrow, where, self._dtype)
         return narrow
 
-    def _doubtful(self, total: torch.Tensor, single: torch.Tensor) -> np.ndarray:
+    def _doubtful(self, total: torch.Tensor, single: torch.Tensor) -> Array:
         """Indices of all numbers that the casts may have rounded wrongly, and of some others."""
         flags = self._flags[: total.numel()]
         if self._dtype == "BF16":
@@ -120,45 +121,55 @@ class Stochastic:
         return _cast(torch.copysign(rounded, total), self._dtype)
 
 
-def _nearest(
-    total: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor, dtype: str
-) -> torch.Tensor:
-    """weight + delta rounded once to `dtype`, as fp64; slow, and right everywhere.
+def _nearest(total: Array, weight: Array, delta: Array, sign: int, dtype: str) -> Array:
+    """weight + sign * delta rounded once to `dtype`, as fp64; slow, and right everywhere.
 
     Adding and subtracting 1.5 * 2^52 units in the last place of the narrow type leaves the
     multiple of that unit nearest to the sum, in one fp64 rounding. Where `total` had been
     rounded to exactly half way between two such multiples, the rest that fp64 had to drop
     decides instead.
+
+    In numpy, which keeps the interpreter's lock for small arrays: between two calls of torch the
+    other threads would take it.
     """
     bits, lowest = _PRECISION[dtype]
-    magic = torch.bitwise_and(total.view(torch.int64), 0x7FF << 52)
-    magic.clamp_(min=(lowest + bits - 1 + 1023) << 52)  # subnormals share a unit
-    finite = total.isfinite()
-    magic.masked_fill_(~finite, 1023 << 52)
-    magic.add_(((53 - bits) << 52) | (1 << 51))
-    shifter = magic.view(torch.float64)
-    rounded = (total + shifter) - shifter
-    # A tie is off by half a unit: 2^-53 / 1.5 of the shifter.
-    ties = ((total - rounded).abs_() * (1.5 * 2.0**53)).eq(shifter)
-    if bool(ties.any()):
-        rounded[ties] = _untied(*(x[ties] for x in (total, weight, delta, rounded, shifter)))
-    rounded = torch.where(finite, rounded, total)
-    return torch.copysign(rounded, total)  # -0 stays -0
+    magic = total.view(np.int64) & (0x7FF << 52)
+    np.maximum(magic, (lowest + bits - 1 + 1023) << 52, out=magic)  # subnormals share a unit
+    finite = np.isfinite(total)
+    magic[~finite] = 1023 << 52
+    magic += ((53 - bits) << 52) | (1 << 51)
+    shifter = magic.view(np.float64)
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        rounded = (total + shifter) - shifter
+        # A tie is off by half a unit: 2^-53 / 1.5 of the shifter.
+        ties = np.abs(total - rounded) * (1.5 * 2.0**53) == shifter
+    if ties.any():
+        delta = delta[ties] * sign
+        rounded[ties] = _untied(total[ties], weight[ties], delta, rounded[ties], shifter[ties])
+    return np.copysign(np.where(finite, rounded, total), total)  # -0 stays -0
 
 
-def _untied(
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    delta: torch.Tensor,
-    rounded: torch.Tensor,
-    shifter: torch.Tensor,
-) -> torch.Tensor:
+def _untied(total: Array, weight: Array, delta: Array, rounded: Array, shifter: Array) -> Array:
     part = total - weight  # TwoSum (Knuth, TAOCP 2, section 4.2.2): the rest, exactly
     rest = (weight - (total - part)) + (delta - part)
     unit = shifter / (1.5 * 2.0**52)
-    above = (rest > 0) & (rounded < total)
-    below = (rest < 0) & (rounded > total)
-    return rounded + unit * (above.double() - below.double())
+    up = ((rest > 0) & (rounded < total)).astype(np.float64)
+    down = ((rest < 0) & (rounded > total)).astype(np.float64)
+    moved: Array = rounded + unit * (up - down)
+    return moved
+
+
+def _store(values: Array, narrow: torch.Tensor, where: Array, dtype: str) -> None:
+    """Put fp64 values that `dtype` can represent, or that overflow it, into some places."""
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)  # exact, and so is what follows
+    if dtype == "BF16":
+        narrow.view(torch.uint16).numpy()[where] = single.view(np.uint32) >> 16
+    elif dtype in ("F16", "F32"):
+        with np.errstate(over="ignore"):
+            narrow.numpy()[where] = single
+    else:
+        narrow[torch.from_numpy(where)] = torch.from_numpy(single).to(narrow.dtype)
 
 
 def _cast(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -55,7 +55,7 @@ def matches(found: str, shown: str) -> bool:
 
 
 def test_the_commands_print_what_the_readme_shows(folder: Path) -> None:
-    (session,) = blocks("console")
+    session = "".join(blocks("console"))
     commands = re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]
     settings = ""
     shown = 0
@@ -67,7 +67,7 @@ def test_the_commands_print_what_the_readme_shows(folder: Path) -> None:
         found = run(["bash", "-ec", settings + command], folder)
         assert matches(found, expected), found
         shown += 1
-    assert shown == 4
+    assert shown == 9
 
 
 def test_the_python_example_runs(folder: Path) -> None:

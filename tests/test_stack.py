@@ -608,6 +608,19 @@ def test_the_first_adapter_with_a_model_names_the_result() -> None:
     assert all(torch.equal(at_once[name], stacked[name]) for name in at_once)
 
 
+def test_names_without_the_prefix_keep_theirs() -> None:
+    base = base_of(torch.float32)
+    head = lazy_tensor("head.weight", torch.zeros(6, 5))
+    b, a = factors(3, 6, 5, 2)
+    given = [
+        Adapter({**prefixed(prefix, seed).updates, **adapter({"head.weight": LowRank(a, b)})})
+        for seed, prefix in ((1, "model."), (2, ""))
+    ]
+    found = loratool.stack([(g, 1.0) for g in given], Checkpoint({**base, "head.weight": head}))
+    assert list(found) == [*(f"model.{name}" for name in SHAPES), "head.weight"]
+    assert torch.allclose(deltas(found)["head.weight"], 2 * (b @ a).double(), atol=1e-6)
+
+
 def test_an_adapter_that_does_not_fit_the_base_is_refused() -> None:
     b, a = factors(1, 9, 7, 2)
     with pytest.raises(MismatchError, match="does not fit"):

@@ -77,10 +77,12 @@ class Stack:
     A weight of 0 leaves an adapter, or with --weights some of its tensors, out; what an adapter
     replaces whole (a head, an embedding) is not scaled by weights.
 
-    This is the job of PEFT's add_weighted_adapter. PEFT 0.21.2 gives wrong results where the first
-    adapter uses rsLoRA (the scale is applied again, as sqrt(rank)), refuses or misplaces ranks that
-    differ by module (rank_pattern), and ignores lora_bias and DoRA's magnitudes; loratool is exact
-    for rsLoRA and patterns, and refuses lora_bias and DoRA.
+    This is the job of PEFT's add_weighted_adapter, and it agrees with it where that is right. PEFT
+    0.21.2 is wrong where the first adapter uses rsLoRA (the result is sqrt(rank) times too large),
+    where a module has fewer rows or columns than svd_rank (it breaks), where ranks differ by module
+    (rank_pattern: the types that work on factors fail, or write what cannot be loaded), and for
+    lora_bias and DoRA (biases and magnitudes are lost). loratool is right for rsLoRA and for all
+    ranks and patterns, and refuses lora_bias and DoRA.
     """
 
     operands: ClassVar[tuple[Operand, ...]] = (
@@ -562,12 +564,19 @@ def _base_digests(adapters: Sequence[Adapter]) -> dict[str, str]:
 
 def _provenance(step: Stack, plan: _Plan, stacker: Stacker) -> Provenance:
     terms = ", ".join(f"{w:g} {n}" for w, n in zip(plan.weights, plan.names, strict=True))
+
+    def lines() -> tuple[str, ...]:
+        is_sum = getattr(stacker.combiner, "exact", False)
+        of = "the exact weighted sum" if is_sum else f"`{step.combiner}`"
+        return (f"energy and errors are those against {of}", *stacker.interference.lines())
+
     return Provenance(
         "Stacking",
         "Stacked",
         f"{counted(len(plan.adapters), 'adapter')} ({terms}) combined by loratool: "
         f"`{step.combiner}`.",
-        stacker.interference.lines,
+        lines,
+        nothing="no adapter changes anything: there is nothing to stack",
     )
 
 

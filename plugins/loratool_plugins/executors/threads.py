@@ -34,7 +34,7 @@ class Threads:
         """
         workers = self.workers or _cores()
         pending: deque[Future[R]] = deque()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="loratool")
+        pool = ThreadPoolExecutor(workers, "loratool", initializer=_use_one_core)
         try:
             for task in tasks:
                 pending.append(pool.submit(function, task))
@@ -46,6 +46,13 @@ class Threads:
             for future in pending:
                 future.cancel()
             pool.shutdown(wait=True)
+
+
+def _use_one_core() -> None:
+    """OpenMP counts its threads for each thread that calls it: without this each has all cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _cores() -> int:
