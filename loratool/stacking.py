@@ -8,33 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loratool.adapter import LazyUpdate, LowRank, Replacement
+from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
-from loratool.errors import InputError, MismatchError
+from loratool.errors import InputError
 from loratool.interference import Collector
 from loratool.kinship import same_bytes
 from loratool.linalg import Factorizer, RankPolicy, is_finite, named_generator
 from loratool.lowrank import rounded_factors, weighted
 from loratool.plugins import Combiner
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one adapter contributes to one tensor.
-
-    Attributes:
-        number: which adapter it is, from 0.
-        label: what errors call it.
-        name: what `--weights` and reports call it.
-        update: its update.
-        weight: the adapter's weight times the layer's; not 0.
-    """
-
-    number: int
-    label: str
-    name: str
-    update: LazyUpdate
-    weight: float
+from loratool.stack_plan import Share, different_replacements
 
 
 @dataclass(frozen=True)
@@ -137,12 +119,3 @@ def replacement(
 
 def _same_tensor(one: LazyTensor, other: LazyTensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and same_bytes(one, other)
-
-
-def different_replacements(name: str, one: Share, other: Share) -> MismatchError:
-    """What to tell a user whose adapters replace one tensor by different ones."""
-    module = name.rpartition(".")[0] or name
-    return MismatchError(
-        f"{name}: {one.label} and {other.label} both replace it whole, by different tensors, which "
-        f"cannot be combined: leave one out with --weights '{other.name}:{module}=0'"
-    )

@@ -20,7 +20,8 @@ from loratool.dtypes import dtype_name
 from loratool.errors import InputError, MismatchError, UsageError
 from loratool.kinship import require_distinct, require_same_base
 from loratool.opening import open_adapter
-from loratool.steps.stack import Stack, parse_layer_weight, short_names
+from loratool.stack_plan import parse_layer_weight, short_names
+from loratool.steps.stack import Stack
 from tests.adapters import config, factors, stored, write_adapter
 
 law = settings(derandomize=True, deadline=None, max_examples=25)

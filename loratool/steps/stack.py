@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -16,57 +13,24 @@ from loratool.adapter import Adapter, LazyUpdate, LowRank, Provenance
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, itemsize, parse_float_dtype
-from loratool.errors import InputError, MismatchError, UsageError
-from loratool.kinship import base_facts, require_distinct, require_same_base, require_same_digests
+from loratool.errors import InputError, MismatchError
+from loratool.kinship import base_facts, require_same_digests
 from loratool.linalg import RankPolicy
-from loratool.naming import in_one_naming, reference
+from loratool.naming import reference
 from loratool.plugins import Operand, option
 from loratool.reports import counted
-from loratool.skeleton import architecture_of
+from loratool.stack_plan import (
+    LayerWeight,
+    Share,
+    StackPlan,
+    parse_layer_weight,
+    plan_stack,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from loratool.stacking import Share, Stacker
-
-# Keys of config.json that say nothing of the model.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-
-
-@dataclass(frozen=True)
-class LayerWeight:
-    """One --weights option.
-
-    Attributes:
-        text: as it was given.
-        adapter: the only adapter that it concerns, or "" for all.
-        glob: of parameter or module names.
-        weight: what the adapter's own weight is multiplied by.
-    """
-
-    text: str
-    adapter: str
-    glob: str
-    weight: float
-
-    def matches(self, name: str) -> bool:
-        """Whether it concerns a parameter, by its own name or its module's."""
-        return fnmatchcase(name, self.glob) or fnmatchcase(name.rpartition(".")[0], self.glob)
-
-
-def parse_layer_weight(text: str) -> LayerWeight:
-    """Read `GLOB=W` or `ADAPTER:GLOB=W`; UsageError if it is neither."""
-    head, sign, tail = text.rpartition("=")
-    adapter, colon, glob = head.rpartition(":")
-    if not sign or not glob or (colon and not adapter):
-        raise UsageError(f"--weights {text}: write GLOB=W or ADAPTER:GLOB=W")
-    try:
-        weight = float(tail)
-    except ValueError:
-        raise UsageError(f"--weights {text}: {tail!r} is not a number") from None
-    if not math.isfinite(weight):
-        raise UsageError(f"--weights {text}: the weight must be a finite number, not {tail}")
-    return LayerWeight(text, adapter, glob, weight)
+    from loratool.stacking import Stacker
 
 
 @dataclass(frozen=True)
@@ -146,7 +110,7 @@ class Stack:
             InputError: nothing is left, or a --weights option matches nothing.
             UsageError: a weight is not finite, or all of them are 0.
         """
-        plan = _plan(self, adapters, base)
+        plan = plan_stack(adapters, base, self._layer_weights())
         from loratool.stacking import Stacker
 
         stacker = Stacker(
@@ -181,169 +145,7 @@ class Stack:
         )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is stacked.
-
-    Attributes:
-        adapters: under one naming, without those of weight 0.
-        names: what reports and --weights call them.
-        weights: their own weights.
-        shares: tensor -> who contributes to it, with the weight that counts there.
-        notes: what the user should know.
-    """
-
-    adapters: Sequence[Adapter]
-    names: Sequence[str]
-    weights: Sequence[float]
-    shares: Mapping[str, Sequence[Share]]
-    notes: tuple[str, ...]
-
-    def low_rank(self) -> Iterator[tuple[str, Sequence[Share]]]:
-        """The tensors that get an update."""
-        return ((n, s) for n, s in self.shares.items() if s[0].update.kind == "low_rank")
-
-
-def _plan(step: Stack, given: Sequence[tuple[Adapter, float]], base: Checkpoint | None) -> _Plan:
-    for adapter, weight in given:
-        if not math.isfinite(weight):
-            raise UsageError(f"{adapter.label}: the weight must be finite, not {weight}")
-    require_distinct([adapter for adapter, _ in given])
-    names = short_names([adapter for adapter, _ in given])
-    kept = [(a, w, n) for (a, w), n in zip(given, names, strict=True) if w != 0]
-    if not kept:
-        raise UsageError("every weight is 0: there is nothing to stack")
-    notes = [f"{adapter.label}: its weight is 0: it is left out" for adapter, w in given if w == 0]
-    adapters = in_one_naming([adapter for adapter, _, _ in kept], base)
-    require_same_base(adapters)
-    _require_one_model(adapters)
-    rules = step._layer_weights()
-    _require_named(rules, names)
-    weights = [weight for _, weight, _ in kept]
-    kept_names = [name for _, _, name in kept]
-    shares = _shares(adapters, kept_names, weights, rules)
-    notes += [note for adapter in adapters for note in adapter.notes]
-    notes += _kinship_notes(adapters)
-    return _Plan(adapters, kept_names, weights, shares, tuple(notes))
-
-
-def short_names(adapters: Sequence[Adapter]) -> list[str]:
-    """What reports call adapters: as many last parts of their paths as tell them apart.
-
-    Those that are computed are #1, #2, ... by their position.
-    """
-    paths = {
-        number: Path(os.path.normpath(adapter.path.absolute()))
-        for number, adapter in enumerate(adapters)
-        if adapter.path is not None
-    }
-    names = [f"#{number}" for number in range(1, len(adapters) + 1)]
-    depths = max((len(path.parts) for path in paths.values()), default=0)
-    for depth in range(1, depths + 1):
-        found = {number: "/".join(path.parts[-depth:]) for number, path in paths.items()}
-        if len(set(found.values())) == len(found):
-            break
-    for number in paths:
-        names[number] = found[number]
-    return names
-
-
-def _require_named(rules: Sequence[LayerWeight], names: Sequence[str]) -> None:
-    for rule in rules:
-        if rule.adapter and rule.adapter not in names:
-            raise InputError(
-                f"--weights {rule.text}: no adapter is called {rule.adapter!r}; they are "
-                f"{', '.join(names)}"
-            )
-
-
-def _shares(
-    adapters: Sequence[Adapter],
-    names: Sequence[str],
-    weights: Sequence[float],
-    rules: Sequence[LayerWeight],
-) -> dict[str, list[Share]]:
-    """Tensor -> the adapters that change it with a weight that is not 0; in order of appearance."""
-    from loratool.stacking import Share
-
-    shares: dict[str, list[Share]] = {}
-    unused = set(rules)
-    for number, (adapter, name, weight) in enumerate(zip(adapters, names, weights, strict=True)):
-        own = [rule for rule in rules if rule.adapter in ("", name)]
-        for parameter, update in adapter.items():
-            matching = [rule for rule in own if rule.matches(parameter)]
-            unused.difference_update(matching)
-            factor = weight * matching[-1].weight if matching else weight
-            if factor != 0:
-                share = Share(number, adapter.label, name, update, factor)
-                shares.setdefault(parameter, []).append(share)
-    for rule in rules:
-        if rule in unused:
-            example = next((name for adapter in adapters for name in adapter), "nothing")
-            raise InputError(
-                f"--weights {rule.text}: {rule.glob!r} matches no tensor of the adapters "
-                f"({example}, ...)"
-            )
-    if not shares:
-        raise InputError("every tensor has the weight 0: there is nothing to stack")
-    for parameter, present in shares.items():
-        _check_kinds(parameter, present)
-    return shares
-
-
-def _check_kinds(name: str, shares: Sequence[Share]) -> None:
-    from loratool.stacking import different_replacements
-
-    first = shares[0]
-    for other in shares[1:]:
-        if other.update.kind != first.update.kind:
-            low, whole = sorted((first, other), key=lambda share: share.update.kind)
-            raise MismatchError(
-                f"{name}: {low.label} adds a low-rank update to it and {whole.label} replaces it "
-                f"whole: leave one out with --weights '{whole.name}:{name}=0'"
-            )
-        is_whole = first.update.kind == "replacement"
-        stored = first.update.stored and other.update.stored
-        if is_whole and stored and first.update.shape != other.update.shape:
-            raise different_replacements(name, first, other)
-
-
-def _require_one_model(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters that were made for different classes: PEFT loads the result as one."""
-    tasks = {a.task_type: a for a in adapters if a.task_type}
-    classes = {c: a for a in adapters if (c := architecture_of(a.model_config))}
-    for what, found in (("tasks", tasks), ("model classes", classes)):
-        if len(found) > 1:
-            (name, one), (other_name, other) = list(found.items())[:2]
-            raise MismatchError(
-                f"{one.label} and {other.label} were made for different {what} ({name} and "
-                f"{other_name}), and the result can be for one only: extract the other with "
-                "--lora-only"
-            )
-
-
-def _kinship_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
-    first = reference(adapters)
-    names = {a.base_name: a for a in adapters if is_hub_name(a.base_name)}
-    if len(names) > 1:
-        said = ", ".join(f"{name} ({adapter.label})" for name, adapter in names.items())
-        yield f"the adapters name different bases: {said}; they are taken for one model"
-    for adapter in adapters:
-        if adapter.model_config is not None and _essence(adapter) != _essence(first):
-            yield (
-                f"{adapter.label}: its model/config.json differs from that of {first.label}, which "
-                "is used"
-            )
-    for number, adapter in enumerate(adapters[1:], 1):
-        if not any(name in other for other in adapters[:number] for name in adapter):
-            yield f"{adapter.label}: changes no tensor that an adapter before it does"
-
-
-def _essence(adapter: Adapter) -> dict[str, Any]:
-    return {k: v for k, v in (adapter.model_config or {}).items() if k not in _VOLATILE}
-
-
-def _whole_notes(plan: _Plan) -> Iterator[str]:
+def _whole_notes(plan: StackPlan) -> Iterator[str]:
     for number, adapter in enumerate(plan.adapters):
         whole = [
             name
@@ -358,7 +160,7 @@ def _whole_notes(plan: _Plan) -> Iterator[str]:
             )
 
 
-def _factor_dtype(step: Stack, plan: _Plan, stacker: Stacker) -> tuple[str, tuple[str, ...]]:
+def _factor_dtype(step: Stack, plan: StackPlan, stacker: Stacker) -> tuple[str, tuple[str, ...]]:
     """The factors' dtype, and a note if it is wider than the adapters'."""
     if step.dtype:
         return parse_float_dtype(step.dtype), ()
@@ -383,7 +185,7 @@ def _typed(dtype: str) -> str:
     return next(text for text, name in FLOAT_NAMES.items() if name == dtype)
 
 
-def _folds_exactly(plan: _Plan, shares: Sequence[Share]) -> bool:
+def _folds_exactly(plan: StackPlan, shares: Sequence[Share]) -> bool:
     """Whether all weights times scales are one number times powers of two."""
     if len(shares) == 1:
         return True
@@ -398,7 +200,7 @@ def _folds_exactly(plan: _Plan, shares: Sequence[Share]) -> bool:
 
 
 def _updates(
-    plan: _Plan, stacker: Stacker, dtype: str, context: dict[str, LazyTensor]
+    plan: StackPlan, stacker: Stacker, dtype: str, context: dict[str, LazyTensor]
 ) -> dict[str, LazyUpdate]:
     updates = {}
     for name, shares in plan.shares.items():
@@ -475,7 +277,7 @@ def _transposed(shares: Sequence[Share]) -> bool | None:
     return any(known) if known else None
 
 
-def _context(plan: _Plan) -> dict[str, LazyTensor]:
+def _context(plan: StackPlan) -> dict[str, LazyTensor]:
     """The values that a format may need of whole modules, as far as the adapters know them.
 
     What the result replaces gets its value when it is loaded. What it leaves alone has the base's
@@ -514,7 +316,7 @@ def _base_name(adapters: Sequence[Adapter]) -> str:
     return next((name for name in names if is_hub_name(name)), next(iter(names), ""))
 
 
-def _tied(plan: _Plan) -> dict[str, str]:
+def _tied(plan: StackPlan) -> dict[str, str]:
     tied: dict[str, str] = {}
     for adapter in plan.adapters:
         for name, twin in adapter.tied.items():
@@ -543,7 +345,7 @@ def _moves(adapters: Sequence[Adapter]) -> tuple[tuple[str, str], ...]:
     return tuple(moves.items())
 
 
-def _short_targets(plan: _Plan) -> dict[str, frozenset[str]]:
+def _short_targets(plan: StackPlan) -> dict[str, frozenset[str]]:
     """The short names that mean the same modules to all who know them, and no others of ours."""
     ours = [name.removesuffix(".weight") for name, _ in plan.low_rank()]
     found: dict[str, set[frozenset[str]]] = {}
@@ -562,7 +364,7 @@ def _base_digests(adapters: Sequence[Adapter]) -> dict[str, str]:
     return {name: digest for a in adapters for name, digest in a.base_digests.items()}
 
 
-def _provenance(step: Stack, plan: _Plan, stacker: Stacker) -> Provenance:
+def _provenance(step: Stack, plan: StackPlan, stacker: Stacker) -> Provenance:
     terms = ", ".join(f"{w:g} {n}" for w, n in zip(plan.weights, plan.names, strict=True))
 
     def lines() -> tuple[str, ...]:
@@ -580,7 +382,7 @@ def _provenance(step: Stack, plan: _Plan, stacker: Stacker) -> Provenance:
     )
 
 
-def _facts(step: Stack, plan: _Plan, stacker: Stacker) -> dict[str, Any]:
+def _facts(step: Stack, plan: StackPlan, stacker: Stacker) -> dict[str, Any]:
     """For the manifest; after draining, when computed adapters know the base's digests too."""
     records = [
         (a.label, a.base_digests or a.facts().get("base", {}).get("tensors", {}))
