@@ -58,6 +58,7 @@ def alternate(arguments: argparse.Namespace, work: Path) -> dict[str, list[Measu
     """Every way in turn, over a warm page cache and a disk that has nothing left to write."""
     base, adapter, log = arguments.pair / "base", arguments.adapter, work / "log"
     merged, reversible, restored, copied, peft = (work / name for name in "mruCp")
+    script = work / "merge_with_peft.py"
     tool = [arguments.loratool]
 
     def loratool(*words: object) -> Measurement:
@@ -72,10 +73,10 @@ def alternate(arguments: argparse.Namespace, work: Path) -> dict[str, list[Measu
             "merge", "-q", base, adapter, "--reversible", "-o", reversible
         ),
         "loratool unmerge": lambda: loratool("unmerge", "-q", reversible, "-o", restored),
-        "cp -r; sync": lambda: shell(f"cp -r {base} {copied}; sync"),
-        "PEFT": lambda: shell(f"{sys.executable} {work}/peft.py {base} {adapter} {peft}; sync"),
+        "cp -r; sync": lambda: shell(f"cp -r {base} {copied} && sync"),
+        "PEFT": lambda: shell(f"{sys.executable} {script} {base} {adapter} {peft} && sync"),
     }
-    (work / "peft.py").write_text(PEFT)
+    script.write_text(PEFT)
     found: dict[str, list[Measurement]] = {name: [] for name in ways}
     for number in range(arguments.runs):
         for name, way in ways.items():

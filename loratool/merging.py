@@ -79,7 +79,12 @@ class Witness(Protocol):
     """Sees every tile of a merge, to remember the way back."""
 
     def see(
-        self, base: torch.Tensor, merged: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor
+        self,
+        base: torch.Tensor,
+        merged: torch.Tensor,
+        exact: torch.Tensor,
+        delta: torch.Tensor,
+        finite: bool,
     ) -> None:
         """Look at the next tile; it must not be changed.
 
@@ -88,6 +93,7 @@ class Witness(Protocol):
             merged: (n,), the merged values, in theirs.
             exact: (n,), the merged values in fp64.
             delta: (n,), what was added to the base, in fp64.
+            finite: whether all of `exact` is.
         """
         ...
 
@@ -127,16 +133,18 @@ def merged_blocks(
         torch.add(w, d, out=s)
         result = rounder.round(s, w, d)
         exact = s.copy_(result)
-        kept = float(torch.dot(w.neg_().add_(exact), d))
-        if not math.isfinite(kept):
+        change = torch.sub(exact, w, out=w)
+        kept = float(torch.dot(change, d))
+        finite = math.isfinite(kept)
+        if not finite:
             if witness is None:
                 raise _not_finite(tile, name, dtype)
             result.masked_fill_(exact.isnan(), math.nan)
             exact.copy_(result)
-            kept = float(torch.dot(w.nan_to_num_(0.0, 0.0, 0.0), d))
+            kept = float(torch.dot(change.nan_to_num_(0.0, 0.0, 0.0), d))
         survival.kept += kept
         if witness is not None:
-            witness.see(tile, result, exact, d)
+            witness.see(tile, result, exact, d, finite)
         yield result.view(tile.shape)
 
 
@@ -158,7 +166,8 @@ def subtracted_tiles(
         exact, part = m[: tile.numel()], d[: tile.numel()]
         exact.view(tile.shape).copy_(tile)
         delta.rows(rows, part.view(tile.shape))
-        yield tile, subtraction.round(exact, part).view(tile.shape)
+        finite = math.isfinite(float(exact.sum()))
+        yield tile, subtraction.round(exact, part, finite).view(tile.shape)
 
 
 class Subtraction:
@@ -168,11 +177,14 @@ class Subtraction:
         self._rounder = Nearest(dtype, elements)
         self._total = torch.empty(elements, dtype=torch.float64)
 
-    def round(self, merged: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """Round merged - delta, both (n,) fp64; a buffer that the next call overwrites."""
+    def round(self, merged: torch.Tensor, delta: torch.Tensor, finite: bool) -> torch.Tensor:
+        """Round merged - delta, both (n,) fp64; a buffer that the next call overwrites.
+
+        `finite` may only be True if all of `merged` is.
+        """
         total = torch.sub(merged, delta, out=self._total[: merged.numel()])
         result = self._rounder.round(total, merged, delta, sign=-1)
-        if not math.isfinite(float(merged.sum())):
+        if not finite:
             result = result.masked_fill(total.isnan(), math.nan)  # NaN have many bit patterns
         return result
 

@@ -74,7 +74,7 @@ class Drops:
         above = np.bitwise_and(merged, self._mask, out=self._above[:size])
         below = np.bitwise_and(predicted, self._mask, out=self._below[:size])
         places = np.flatnonzero(np.greater(above, below, out=self._flags[:size]))
-        drops = (above[places] - below[places]) >> self._shift
+        drops = (above.take(places) - below.take(places)) >> self._shift
         return places, np.minimum(drops, 254).astype(np.uint8)
 
 
@@ -97,8 +97,9 @@ class Encoder:
         `predicted` becomes `base`, by what was taken alone.
         """
         places, sizes = self._drops.find(merged, predicted)
-        values = base[places] - predicted[places]
-        predicted[places] += values
+        found = predicted.take(places)
+        values = base.take(places) - found
+        predicted[places] = found + values
         self._sizes.append(sizes)
         self._values.append(values)
         differs = np.not_equal(base, predicted, out=self._differs[: base.size])
@@ -127,11 +128,8 @@ class Encoder:
         found: dict[int, Array] = {}
         if self._sizes:
             sizes, values = np.concatenate(self._sizes), np.concatenate(self._values)
-            order = np.argsort(sizes, kind="stable")
-            ends = np.cumsum(np.bincount(sizes))
             for drop in np.flatnonzero(np.bincount(sizes)):
-                group = order[ends[drop - 1] : ends[drop]]
-                found[int(drop)] = _zigzag(values[group])
+                found[int(drop)] = _zigzag(values[sizes == drop])
         if self._odd_places:
             found[0] = _zigzag(np.concatenate(self._odd_values))
             places = np.concatenate(self._odd_places)

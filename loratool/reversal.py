@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from loratool.digests import TensorDigest
@@ -40,29 +41,32 @@ class Reversal:
         self._subtraction = Subtraction(dtype, elements)
         self._encoder = Encoder(dtype, elements)
         self._base = TensorDigest(dtype, shape)
-        self._restored = TensorDigest(dtype, shape)
         self._merged = TensorDigest(dtype, shape)
         self._kept = 0
 
     def see(
-        self, base: torch.Tensor, merged: torch.Tensor, exact: torch.Tensor, delta: torch.Tensor
+        self,
+        base: torch.Tensor,
+        merged: torch.Tensor,
+        exact: torch.Tensor,
+        delta: torch.Tensor,
+        finite: bool,
     ) -> None:
         """See `loratool.merging.Witness`."""
-        restored = self._subtraction.round(exact, delta)
-        self._encoder.add(bit_patterns(base), bit_patterns(merged), bit_patterns(restored))
+        restored = self._subtraction.round(exact, delta, finite)
+        wanted, found = bit_patterns(base), bit_patterns(restored)
+        self._encoder.add(wanted, bit_patterns(merged), found)
+        if not np.array_equal(wanted, found):
+            raise AssertionError("a merge cannot be undone")
         self._base.update(base)
-        self._restored.update(restored)
         self._merged.update(merged)
-        total = float(exact.sum())
-        if total - total != 0:
+        if not finite:
             self._kept += int((~exact.isfinite()).sum())
 
     def finish(self) -> WayBack:
-        """What to keep; proved: the way back was gone, and led to the base's digest."""
-        base = self._base.hexdigest()
-        if self._restored.hexdigest() != base:
-            raise AssertionError("a merge cannot be undone")
-        return WayBack(base, self._merged.hexdigest(), self._encoder.finish(), self._kept)
+        """What to keep; proved: the way back was gone, and led to the bits that `base` is of."""
+        residual = self._encoder.finish()
+        return WayBack(self._base.hexdigest(), self._merged.hexdigest(), residual, self._kept)
 
 
 class NotReversible(Exception):

@@ -62,6 +62,7 @@ class Nearest:
         self._dtype = dtype
         self._single = torch.empty(elements, dtype=torch.float32)
         self._narrow = torch.empty(elements, dtype=torch_dtype(dtype))
+        self._low = np.empty(elements, np.uint32)
         self._flags = np.empty(elements, np.bool_)
 
     def round(
@@ -84,9 +85,9 @@ class Nearest:
         """Indices of all numbers that the casts may have rounded wrongly, and of some others."""
         flags = self._flags[: total.numel()]
         if self._dtype == "BF16":
-            np.equal(single.numpy().view(np.uint16)[::2], 1 << 15, out=flags)
+            np.equal(self._low_bits(single, 16), 1 << 15, out=flags)
         elif self._dtype == "F16":
-            np.equal(single.numpy().view(np.uint32) & 0x1FFF, 1 << 12, out=flags)
+            np.equal(self._low_bits(single, 13), 1 << 12, out=flags)
             flags |= np.abs(single.numpy()) < _SMALLEST_NORMAL_F16
         elif self._dtype == "F32":
             np.equal(total.numpy().view(np.uint64) & 0x1FFF_FFFF, 1 << 28, out=flags)
@@ -94,6 +95,10 @@ class Nearest:
         else:
             flags[:] = True
         return np.flatnonzero(flags)
+
+    def _low_bits(self, single: torch.Tensor, count: int) -> Array:
+        low = self._low[: single.numel()]
+        return np.bitwise_and(single.numpy().view(np.uint32), (1 << count) - 1, out=low)
 
 
 class Stochastic:
