@@ -194,11 +194,13 @@ class _Files:
         """Tensor -> the file that it is restored to."""
         original = {name: found.file for name, found in self.record.tensors.items()}
         for file in dict.fromkeys(original.values()):
-            if file not in self.record.weight_files:
-                self.notes.append(
-                    f"{file}: its tensors are restored, in {safetensors_name(file)}; the file "
-                    "itself cannot be"
-                )
+            if file in self.record.weight_files:
+                continue
+            if (new := safetensors_name(file)) != file:
+                found = f"its tensors are restored, in {new}; the file itself cannot be"
+            else:
+                found = "its tensors are restored; its header is written anew"
+            self.notes.append(f"{file}: {found}")
         return {name: safetensors_name(file) for name, file in original.items()}
 
 
