@@ -15,6 +15,7 @@ from loratool.checkpoint_report import dtype_facts, dtype_words, tensor_facts
 from loratool.digests import combine_digests
 from loratool.engine import single_threaded_tasks
 from loratool.errors import Problem
+from loratool.files import file_size, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.measures import Spectrum, measure, replaced_tensor, spectrum
 from loratool.reports import (
@@ -178,7 +179,7 @@ def _totals(
         "singular_values": len(squares),
         "effective_rank": _effective_ranks(squares),
         "bytes": sum(tensor.nbytes for tensor in stored),
-        "files": {name: file.stat().st_size for name, file in sorted(adapter.files.items())},
+        "files": {name: file_size(file) for name, file in sorted(adapter.files.items())},
         "digest": combine_digests(digests) if digests else None,
     }
 
@@ -192,7 +193,7 @@ def _distribution(values: Iterable[float | None]) -> list[dict[str, float]]:
 def _manifest_facts(adapter: Adapter) -> dict[str, Any]:
     """The manifest without what it says of single tensors, and the base that it names."""
     file = adapter.path / MANIFEST if adapter.path is not None else Path()
-    content = dict(read_json(file)) if file.is_file() else {}
+    content = dict(read_json(file)) if is_file(file) else {}
     content.pop("tensors", None)
     digest = None
     for side in ("base", "finetuned"):

@@ -12,6 +12,7 @@ from typing import Any
 from loratool import plugins
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.digests import combine_digests
+from loratool.files import file_size, is_file
 from loratool.record import read_record
 from loratool.reports import (
     Report,
@@ -122,7 +123,7 @@ def _merges(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             {
                 "adapters": [{"name": a.name, "weight": a.weight} for a in record.adapters],
                 "embedded": all(adapter.folder for adapter in record.adapters),
-                "bytes": sum(file.stat().st_size for file in files.values()),
+                "bytes": sum(map(file_size, files.values())),
             }
         )
         files = record.previous()
@@ -192,7 +193,7 @@ def _notes(checkpoint: Checkpoint, data: Mapping[str, Any]) -> Iterator[str]:
     for name in data.get("not_finite", ()):
         yield f"{name}: holds NaN or Inf"
     path = checkpoint.path
-    if path is not None and path.is_file() and any(".lora_A." in name for name in checkpoint):
+    if path is not None and is_file(path) and any(".lora_A." in name for name in checkpoint):
         yield f"these are an adapter's factors: name its directory, {path.parent}, to see it as one"
 
 

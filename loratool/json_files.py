@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FormatError, InputError
+from loratool.files import local
 from loratool.reports import to_json
 
 MANIFEST = "loratool.json"
@@ -16,7 +17,7 @@ MANIFEST = "loratool.json"
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError or FormatError naming the file otherwise."""
     try:
-        raw = path.read_bytes()
+        raw = local(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return parse_json(raw, str(path))

@@ -11,6 +11,7 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, PluginError
+from loratool.files import is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.refs import parse_ref
 
@@ -71,7 +72,7 @@ def open_any(ref: str | Path) -> Adapter | Checkpoint:
 def _base_digests(path: Path) -> Mapping[str, str]:
     """What the adapter's manifest, if it has one, says of the base's tensors."""
     file = path / MANIFEST
-    if not file.is_file():
+    if not is_file(file):
         return {}
     base = read_json(file).get("base")
     digests = base.get("tensors") if isinstance(base, dict) else None
@@ -109,7 +110,7 @@ def _list(broken: list[str]) -> str:
 def _hint(path: Path, what: str) -> str:
     """What the path may have been confused with."""
     kind, name = _OTHERS[what]
-    if what == "adapter" and path.is_file() and _is_held("adapter_formats", path.parent):
+    if what == "adapter" and is_file(path) and _is_held("adapter_formats", path.parent):
         return f"; name its directory, {path.parent}"
     return f"; it is {name}" if _is_held(kind, path) else ""
 

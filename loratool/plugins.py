@@ -30,6 +30,7 @@ from loratool.adapter import Adapter, LazyUpdate, LowRank, Update
 from loratool.checkpoint import Checkpoint
 from loratool.errors import PluginError, Problem, UsageError
 from loratool.linalg import Factorizer, RankPolicy
+from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
 from loratool.reports import Report
 
@@ -57,7 +58,8 @@ class Operand:
 
     Attributes:
         name: the parameter of `run`; upper-cased on the command line.
-        kind: what is opened for it; "any" for an adapter or else a checkpoint.
+        kind: what is opened for it; "any" for an adapter or else a checkpoint, "text" for nothing:
+            the step gets what was typed.
         many: whether there may be several, each with a weight (`REF=0.7`).
         required: whether at least one is needed.
         flag: whether it is given as `--name REF` instead of by position.
@@ -65,7 +67,7 @@ class Operand:
     """
 
     name: str
-    kind: Literal["checkpoint", "adapter", "any"]
+    kind: Literal["checkpoint", "adapter", "any", "text"]
     many: bool = False
     required: bool = True
     flag: bool = False
@@ -186,7 +188,22 @@ class Store(Protocol):
         ...
 
     def fetch(self, ref: Ref) -> Path:
-        """The local path of what the reference points to."""
+        """The local path of what the reference points to.
+
+        Its files may come only when they are read: see `loratool.files`.
+
+        Raises:
+            InputError: it is not there, or cannot be had.
+        """
+        ...
+
+    def publish(self, publication: Publication, ref: Ref, how: Publishing) -> Published:
+        """Put files where the reference points to, all of them at once or none.
+
+        Raises:
+            OutputError: the place cannot be written, or holds something else.
+            UsageError: the store has nothing that an option of `how` could mean.
+        """
         ...
 
 

@@ -21,6 +21,7 @@ import blake3
 
 from loratool.checkpoint import RECORD, Checkpoint
 from loratool.errors import FormatError, InputError
+from loratool.files import files_below, local
 from loratool.json_files import read_json
 
 VERSION = 1
@@ -131,7 +132,7 @@ class Record:
         """A blob's bytes; InputError if they are not those that were written."""
         file = self.path / BLOBS
         try:
-            with file.open("rb") as opened:
+            with local(file).open("rb") as opened:
                 opened.seek(blob.offset)
                 data = opened.read(blob.length)
         except OSError as error:
@@ -143,12 +144,6 @@ class Record:
     def previous(self) -> Mapping[str, Path]:
         """The files of the record that the base had itself, by name relative to it."""
         return files_below(self.path / PREVIOUS)
-
-
-def files_below(folder: Path) -> dict[str, Path]:
-    """All files below a folder, by their names relative to it, sorted; {} if there is none."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def read_record(merged: Checkpoint) -> Record | None:

@@ -16,6 +16,7 @@ from loratool.adapter import Adapter
 from loratool.application import Applied, Part
 from loratool.checkpoint import RECORD, Checkpoint
 from loratool.errors import UsageError
+from loratool.files import file_content, file_size, is_file
 from loratool.record import BaseFile, BaseTensor, Blob, Record, RecordedAdapter
 from loratool.safetensors_file import raw_header
 from loratool.writer import write_file, write_safetensors, write_side_files
@@ -56,8 +57,8 @@ class Recorder:
         """About the bytes that the record will take."""
         stored = sum(t.nbytes for n, t in self.base.items() if self.how(n) == "stored")
         touched = sum(self.base[name].nbytes for name in self.applied.traces)
-        files = [file for part in self.parts for file in part.adapter.files.values()]
-        embedded = sum(file.stat().st_size for file in files) if self.embed else 0
+        kept = [file for part in self.parts for file in part.adapter.files.values()]
+        embedded = sum(map(file_size, kept)) if self.embed else 0
         return stored + embedded + touched // 64
 
     def how(self, name: str) -> str:
@@ -178,7 +179,7 @@ class Recording:
         if self.recorder.embed:
             folder = f"{layout.ADAPTERS}/{number}-{name}"
             write_side_files({f"{folder}/{n}": f for n, f in adapter.files.items()}, place)
-            if adapter.path is not None and adapter.path.is_file():
+            if adapter.path is not None and is_file(adapter.path):
                 file = adapter.path.name
         return RecordedAdapter(name, part.weight, adapter_digests(adapter), folder, file)
 
@@ -197,9 +198,9 @@ class Recording:
         base = self.recorder.base
         found = {}
         for name, source in {**base.side_files, **base.index_files}.items():
-            content = source if isinstance(source, bytes) else source.read_bytes()
+            content = file_content(source)
             merged = self.recorder.side_files.get(name)
-            kept = merged is not None and (merged == source or _bytes(merged) == content)
+            kept = merged is not None and (merged == source or file_content(merged) == content)
             digest = blake3.blake3(content).hexdigest()
             found[name] = BaseFile(digest) if kept else self._file(content)
         return found
@@ -233,7 +234,3 @@ def adapter_digests(adapter: Adapter) -> dict[str, str]:
     """The digests of an adapter's tensors, by their names in its file."""
     stored = [tensor for update in adapter.values() for tensor in update.stored]
     return {tensor.name: tensor.digest() for tensor in stored}
-
-
-def _bytes(source: Path | bytes) -> bytes:
-    return source if isinstance(source, bytes) else source.read_bytes()

@@ -1,4 +1,4 @@
-"""References to checkpoints and adapters: `./dir`, `org/name@revision`, `ref=0.7`."""
+"""References: `./dir`, `org/name@revision:subfolder`, `s3://bucket/dir`, `ref=0.7`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from loratool.errors import InputError, UsageError
 _HUB_NAME = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>.+))?"
 )
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+")
+# What people copy from a browser, and how other tools write Hub references.
+_HUB_PAGE = re.compile(
+    r"(https://huggingface\.co|https://hf\.co|hf:/)/"
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+?)"
+    r"((/tree/|@)(?P<revision>[^/\s]+)(/(?P<subfolder>.+?))?)?/?"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Ref:
         text: as the user wrote it.
         path: the local path of that name, if there is one.
         repo, revision, subfolder: the parts of a Hub reference, if it reads as one.
+        url: the text itself if it is a URL of another store.
     """
 
     text: str
@@ -29,6 +37,7 @@ class Ref:
     repo: str | None = None
     revision: str | None = None
     subfolder: str | None = None
+    url: str | None = None
 
 
 def parse_ref(text: str | Path) -> Ref:
@@ -40,10 +49,20 @@ def parse_ref(text: str | Path) -> Ref:
     text = str(text)
     if text and _exists(text):
         return Ref(text, Path(text))
-    match = _HUB_NAME.fullmatch(text)
-    if match is None:
-        return Ref(text, None)
-    return Ref(text, None, match["id"], match["revision"], match["subfolder"])
+    return parse_remote(text)
+
+
+def parse_remote(text: str) -> Ref:
+    """Read a reference that is no local path, even if there is one of that name."""
+    match = _HUB_NAME.fullmatch(text) or _HUB_PAGE.fullmatch(text)
+    if match is not None:
+        return Ref(text, None, match["id"], match["revision"], match["subfolder"])
+    return Ref(text, None, url=text if _URL.fullmatch(text) else None)
+
+
+def could_be_remote(ref: Ref) -> bool:
+    """Whether a local path has a name that would else be one on the Hub."""
+    return ref.path is not None and _HUB_NAME.fullmatch(ref.text) is not None
 
 
 def _exists(text: str) -> bool:

@@ -17,6 +17,7 @@ from loratool.adapter import Adapter
 from loratool.application import Part, bind_part, changes_of
 from loratool.checkpoint import RECORD, Checkpoint, LazyTensor
 from loratool.errors import FormatError, InputError, MismatchError
+from loratool.files import file_content, is_file
 from loratool.json_files import parse_json
 from loratool.opening import open_adapter
 from loratool.record import BaseFile, BaseTensor, Record
@@ -115,7 +116,9 @@ def restore(
     config = side_files.get("config.json")
     skeleton = Checkpoint(
         {name: _header_only(name, found) for name, found in record.tensors.items()},
-        config=None if config is None else parse_json(_content(config), f"{merged.label}: config"),
+        config=None
+        if config is None
+        else parse_json(file_content(config), f"{merged.label}: config"),
     )
     parts = [
         bind_part(adapter, recorded.weight, skeleton)
@@ -166,7 +169,7 @@ class _Files:
         if (source := self.merged.side_files.get(name)) is None:
             self.notes.append(f"{name}: is not in the merged model any more: it is left out")
             return None
-        if blake3.blake3(_content(source)).hexdigest() != recorded.digest:
+        if blake3.blake3(file_content(source)).hexdigest() != recorded.digest:
             self.notes.append(f"{name}: was changed after the merge: it is kept as it is now")
         return source
 
@@ -270,7 +273,7 @@ def _header_only(name: str, found: BaseTensor) -> LazyTensor:
 
 def _stored(record: Record) -> Mapping[str, LazyTensor]:
     file = record.path / layout.STORED
-    return lazy_tensors(file, read_header(file)) if file.is_file() else {}
+    return lazy_tensors(file, read_header(file)) if is_file(file) else {}
 
 
 def _tensor(
@@ -314,7 +317,3 @@ def _subtracted(
             raise changed_after_merge(merged, record, name) from error
 
     return LazyTensor(name, found.dtype, found.shape, blocks, source.origin)
-
-
-def _content(source: Path | bytes) -> bytes:
-    return source if isinstance(source, bytes) else source.read_bytes()

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from loratool.checkpoint import Extent, LazyTensor
 from loratool.dtypes import itemsize, torch_dtype
 from loratool.errors import FormatError, InputError
+from loratool.files import file_size, local, read_start
 
 if TYPE_CHECKING:
     import torch
 
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
+_USUAL_HEADER = 1 << 16
 _ALIGNMENT = 64  # so that a mapped tensor is aligned for any GPU kernel
 _MAX_DIMENSIONS = 64
 
@@ -57,20 +59,21 @@ def read_header(path: Path) -> Header:
         FormatError: the header is truncated, is no JSON, or contradicts itself or the file's size.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise FormatError(
-                    f"{path}: too short for a safetensors file ({size} bytes); download it again"
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(_MAX_HEADER, size - 8):
-                raise FormatError(
-                    f"{path}: the safetensors header claims {length} bytes in a file of {size}: "
-                    "the file is truncated or is not safetensors; download it again"
-                )
-            raw = file.read(length)
+        size = file_size(path)
+        start = read_start(path, _USUAL_HEADER)
+        if len(start) < 8:
+            raise FormatError(
+                f"{path}: too short for a safetensors file ({size} bytes); download it again"
+            )
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > min(_MAX_HEADER, size - 8):
+            raise FormatError(
+                f"{path}: the safetensors header claims {length} bytes in a file of {size}: "
+                "the file is truncated or is not safetensors; download it again"
+            )
+        if 8 + length > len(start):
+            start = read_start(path, 8 + length)
+        raw = start[8 : 8 + length]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     content = _parse_json(path, raw)
@@ -193,8 +196,7 @@ def raw_header(tensors: Mapping[str, LazyTensor]) -> bytes | None:
     """The header's bytes, length included, of the file that holds exactly these tensors."""
     if (found := whole_file(tensors)) is None:
         return None
-    with found[0].open("rb") as file:
-        return file.read(found[1].data_start)
+    return read_start(found[0], found[1].data_start)
 
 
 def build_header(
@@ -232,7 +234,7 @@ class _MappedFile:
             return torch.empty(entry.shape, dtype=dtype)
         if not self.maps:
             try:
-                with self.path.open("rb") as file:
+                with local(self.path).open("rb") as file:
                     # A private writable map costs no memory until written to, and spares torch's
                     # warning about read-only buffers.
                     self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from loratool.checkpoint import RECORD, Checkpoint, Extent, LazyTensor
 from loratool.errors import InputError
+from loratool.files import file_size, local
 from loratool.safetensors_file import build_header, whole_file
 from loratool.shards import INDEX_SUFFIX
 
@@ -58,7 +59,7 @@ def write_side_files(files: Mapping[str, Path | bytes], folder: Path) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            source = content.open("rb")
+            source = local(content).open("rb")
         except OSError as error:
             raise InputError(f"{content}: cannot be read: {error.strerror}") from error
         with source, target.open("xb") as written:
@@ -132,7 +133,7 @@ def _unchanged_file(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, st
 def _copy_file(source: Path, path: Path) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        copy_extent(Extent(source, 0, source.stat().st_size), handle, 0)
+        copy_extent(Extent(source, 0, file_size(source)), handle, 0)
     finally:
         os.close(handle)
 
@@ -220,7 +221,7 @@ def copy_extent(extent: Extent, handle: int, offset: int) -> None:
     Raises:
         InputError: the source has become shorter than its header said.
     """
-    source = os.open(extent.path, os.O_RDONLY)
+    source = os.open(local(extent.path), os.O_RDONLY)
     try:
         done = 0
         while done < extent.length:

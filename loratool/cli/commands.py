@@ -202,8 +202,10 @@ def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -
 def _open(operand: Operand, refs: list[tuple[str, float]]) -> Any:
     from loratool.opening import open_adapter, open_any, open_checkpoint
 
-    openers = {"checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any}
-    opener: Callable[[str], Any] = openers[operand.kind]
+    openers: dict[str, Callable[[str], Any]] = {
+        "checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any, "text": str,
+    }  # fmt: skip
+    opener = openers[operand.kind]
     if operand.many:
         return [(opener(ref), weight) for ref, weight in refs]
     return opener(refs[0][0]) if refs else None

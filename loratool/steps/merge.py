@@ -13,9 +13,9 @@ from loratool.application import Part, Rounding, Trace, apply_parts, bind_part
 from loratool.checkpoint import RECORD, Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import UsageError
+from loratool.files import files_below
 from loratool.kinship import require_distinct
 from loratool.plugins import Operand, option
-from loratool.record import files_below
 from loratool.recording import Recorder
 from loratool.reports import Report, Table, counted, format_bytes, format_share
 from loratool.shards import parse_size, plan_shards, safetensors_name

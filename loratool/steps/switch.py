@@ -12,6 +12,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.engine import Drain, single_threaded_tasks
 from loratool.errors import InputError, UsageError
+from loratool.files import file_content
 from loratool.inplace import commit, require_own_files, staged
 from loratool.plugins import Operand
 from loratool.record import read_record
@@ -163,4 +164,4 @@ def _holds(path: Path, content: Path | bytes) -> bool:
     """Whether a file holds this content."""
     if not path.is_file():
         return False
-    return path.read_bytes() == (content if isinstance(content, bytes) else content.read_bytes())
+    return path.read_bytes() == file_content(content)

@@ -15,6 +15,7 @@ from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, InputError, Problem
 from loratool.families import is_embedding
+from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.writer import Spool, write_file, write_safetensors
@@ -44,7 +45,7 @@ class Peft:
 
     def detect(self, path: Path) -> bool:
         """Whether the directory holds an adapter_config.json."""
-        return (path / _CONFIG).is_file()
+        return is_file(path / _CONFIG)
 
     def open(self, path: Path) -> Adapter:
         """Open it by its headers; what is wrong inside is collected.
@@ -60,11 +61,11 @@ class Peft:
         updates = reader.updates()
         ours = _our_metadata(path, metadata)
         model = path / "model"
-        config = read_json(model / "config.json") if (model / "config.json").is_file() else None
+        config = read_json(model / "config.json") if is_file(model / "config.json") else None
         model_files = {}
-        if model.is_dir():
-            model_files = {file.name: file for file in sorted(model.iterdir()) if file.is_file()}
-        own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if file.is_file()]
+        if is_dir(model):
+            model_files = {file.name: file for file in entries(model) if is_file(file)}
+        own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if is_file(file)]
         return Adapter(
             updates,
             model_files=model_files,
@@ -140,7 +141,7 @@ def _require_supported(path: Path, settings: Mapping[str, Any]) -> None:
 def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str, str]]:
     for name in _WEIGHTS:
         file = path / name
-        if not file.is_file():
+        if not is_file(file):
             continue
         if file.suffix == ".safetensors":
             header = read_header(file)

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratool.checkpoint import RECORD, SWITCH_COMMIT
-from loratool.errors import FormatError, InputError
+from loratool.errors import FormatError
+from loratool.files import entries, files_below, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.record import files_below
 
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
@@ -52,9 +52,9 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
         FormatError: the index is malformed, names a file outside the directory or one that is
             missing; or several files could be meant.
     """
-    if path.is_file():
+    if is_file(path):
         return WeightFiles(path.parent, (path.name,)) if path.suffix in suffixes else None
-    if not path.is_dir():
+    if not is_dir(path):
         return None
     if (path / SWITCH_COMMIT).exists():
         raise FormatError(
@@ -62,15 +62,15 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
             "--to ADAPTER`, which completes it first"
         )
     index = path / f"{stem}{suffixes[0]}.index.json"
-    if index.is_file():
+    if is_file(index):
         return _read_index(index)
     usual = path / f"{stem}{suffixes[0]}"
-    if usual.is_file():
+    if is_file(usual):
         return WeightFiles(path, (usual.name,))
     others = [
         entry.name
-        for entry in _entries(path)
-        if entry.suffix in suffixes and entry.is_file() and not _is_training_state(entry.name)
+        for entry in entries(path)
+        if entry.suffix in suffixes and is_file(entry) and not _is_training_state(entry.name)
     ]
     if len(others) > 1:
         raise FormatError(
@@ -78,13 +78,6 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
             "name the file that you mean"
         )
     return WeightFiles(path, tuple(others)) if others else None
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _is_training_state(name: str) -> bool:
@@ -115,7 +108,7 @@ def _read_index(index: Path) -> WeightFiles:
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
+        return is_file(path)
     except OSError:  # a name that is too long
         return False
 
@@ -133,7 +126,7 @@ def check_index(found: WeightFiles, holders: Mapping[str, str]) -> None:
 def read_config(path: Path) -> dict[str, Any] | None:
     """The config.json of a model directory, or None."""
     config = path / "config.json"
-    return read_json(config) if path.is_dir() and config.is_file() else None
+    return read_json(config) if is_dir(path) and is_file(config) else None
 
 
 def side_files(path: Path) -> dict[str, Path]:
@@ -141,13 +134,13 @@ def side_files(path: Path) -> dict[str, Path]:
 
     Folders of settings in it come along too, such as sentence-transformers' 1_Pooling.
     """
-    if not path.is_dir():
+    if not is_dir(path):
         return {}
-    found = {entry.name: entry for entry in _entries(path) if _is_side_file(entry)}
-    for folder in _entries(path):
-        if folder.is_dir() and not folder.name.startswith((".", "checkpoint-")):
-            inside = _entries(folder)
-            if all(entry.is_file() and entry.suffix in _SETTINGS_SUFFIXES for entry in inside):
+    found = {entry.name: entry for entry in entries(path) if _is_side_file(entry)}
+    for folder in entries(path):
+        if is_dir(folder) and not folder.name.startswith((".", "checkpoint-")):
+            inside = entries(folder)
+            if all(is_file(entry) and entry.suffix in _SETTINGS_SUFFIXES for entry in inside):
                 found |= {f"{folder.name}/{e.name}": e for e in inside if _is_side_file(e)}
     return found
 
@@ -159,12 +152,12 @@ def index_files(found: WeightFiles) -> dict[str, Path]:
 
 def record_files(path: Path) -> dict[str, Path]:
     """The files of the record of a reversible merge, by their names in its directory."""
-    return files_below(path / RECORD) if path.is_dir() else {}
+    return files_below(path / RECORD) if is_dir(path) else {}
 
 
 def _is_side_file(entry: Path) -> bool:
     return (
-        entry.is_file()
+        is_file(entry)
         and not entry.name.startswith(".")
         and entry.suffix not in _WEIGHT_SUFFIXES
         and entry.name not in _ADAPTER_FILES

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.errors import FormatError, InputError
+from loratool.files import local, read_start
 from loratool_plugins.checkpoint_formats import directory
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ def load_lazily(file: Path) -> dict[str, LazyTensor]:
 def _is_zip(file: Path) -> bool:
     """Whether it begins like a zip file, as torch decides it; a truncated one does, too."""
     try:
-        with file.open("rb") as opened:
-            return opened.read(4) == b"PK\x03\x04"
+        return read_start(file, 4) == b"PK\x03\x04"
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -102,7 +102,9 @@ def load_state(file: Path, mapped: bool) -> Mapping[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles; what is read is checked below
-            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            content: Any = torch.load(
+                local(file), map_location="cpu", weights_only=True, mmap=mapped
+            )
     except pickle.UnpicklingError as error:
         raise FormatError(_refusal(file, error)) from error
     except OSError as error:

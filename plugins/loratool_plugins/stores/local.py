@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
+from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
 
 
@@ -22,3 +23,7 @@ class Local:
         if ref.path is None:
             raise InputError(f"{ref.text}: no such file or directory")
         return ref.path
+
+    def publish(self, publication: Publication, ref: Ref, how: Publishing) -> Published:
+        """Not done: `cp` does it."""
+        raise UsageError(f"{ref.text}: is a path of this machine; give org/name or a URL")
