@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import Problem
+from loratool.files import named
 from loratool.linalg import Certificate
 
 if TYPE_CHECKING:
     import torch
+
+# Files of a fine-tuned model that an adapter carries under model/.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "additional_chat_templates/*", "vocab*", "merges.txt", "spiece.model",
+    "*.tiktoken", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "sentencepiece*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         model_config: the parsed config.json among them, or None.
         dropped: names of base tensors that the fine-tuned model does not have.
         task_type: PEFT's name of the task ("SEQ_CLS"), or None.
-        base_name: the base model's Hub id, or "".
+        base_name: the base model's Hub id, as far as the adapter says; or a path, or "".
+        base_revision: the base's revision on the Hub, or "".
         context: the tensors of the fine-tuned model by the same names, for formats that can only
             store whole modules; of an adapter read from a file, those that it replaces.
         kinds: parameter name -> the kind of module in the fine-tuned model (`loratool.skeleton`).
@@ -159,6 +169,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     dropped: tuple[str, ...] = ()
     task_type: str | None = None
     base_name: str = ""
+    base_revision: str = ""
     context: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -187,4 +198,4 @@ class Adapter(Mapping[str, LazyUpdate]):
     @property
     def label(self) -> str:
         """How messages call it."""
-        return str(self.path) if self.path is not None else "<computed adapter>"
+        return named(str(self.path)) if self.path is not None else "<computed adapter>"

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import defaultdict
 
 from loratool.adapter import Adapter
 from loratool.outcome import Outcome
 from loratool.refs import parse_ref
 from loratool.reports import format_share
+
+_SIGNATURE = re.compile(r"<!-- loratool wrote this card: ([0-9a-f]{16}) -->\n\Z")
+
+
+def signed(card: str) -> str:
+    """A card that says, where nobody sees it, that nobody has changed it."""
+    return f"{card}<!-- loratool wrote this card: {_digest(card)} -->\n"
+
+
+def is_unchanged(card: str) -> bool:
+    """Whether a card is as loratool wrote it, so that another may take its place."""
+    found = _SIGNATURE.search(card)
+    return found is not None and found[1] == _digest(card[: found.start()])
+
+
+def _digest(card: str) -> str:
+    return hashlib.sha256(card.encode()).hexdigest()[:16]
 
 
 def is_hub_name(name: str) -> bool:
@@ -50,7 +69,7 @@ def model_card(adapter: Adapter, outcome: Outcome) -> str:
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return signed("\n".join(lines))
 
 
 def _loading(adapter: Adapter, base: str) -> list[str]:
@@ -67,11 +86,15 @@ def _loading(adapter: Adapter, base: str) -> list[str]:
     ]
 
 
+def module_kind(name: str) -> str:
+    """What the modules of all layers have in common: "self_attn.q_proj"."""
+    return ".".join(part for part in name.split(".")[-4:-1] if not part.isdigit())
+
+
 def _by_module(outcome: Outcome) -> list[str]:
     energies = defaultdict(list)
     for name, certificate in outcome.low_rank.items():
-        module = ".".join(part for part in name.split(".")[-4:-1] if not part.isdigit())
-        energies[module].append(certificate.energy)
+        energies[module_kind(name)].append(certificate.energy)
     return [
         f"| {module} | {len(shares)} | {format_share(min(shares))} "
         f"| {format_share(sum(shares) / len(shares))} |"

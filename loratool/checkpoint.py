@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.digests import TensorDigest
 from loratool.dtypes import itemsize
+from loratool.files import named
 from loratool.reports import Report, counted, format_bytes
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         aliases: names that share the storage of another tensor -> that tensor's name.
         notes: what the user should hear about how it was opened.
         path: where it was opened, or None if it was computed.
+        hub_name: its name on the Hub, if it was opened by that.
         index_files: files that say which file holds which tensor, as they lie beside the weights.
         headers: the exact safetensors header to write, by file name, where there is one to keep.
         record: the files of the record of what was merged into it (`loratool.record`), by name
@@ -118,6 +120,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     path: Path | None = None
+    hub_name: str = ""
     index_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     record: Mapping[str, Path] = field(default_factory=dict, repr=False)
@@ -139,7 +142,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     @property
     def label(self) -> str:
         """How messages call it."""
-        return str(self.path) if self.path is not None else "<computed checkpoint>"
+        return named(str(self.path)) if self.path is not None else "<computed checkpoint>"
 
     def check(self, name: str, digest: str) -> None:
         """Raise InputError if a tensor is known to have another digest; here, none is."""

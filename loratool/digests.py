@@ -6,6 +6,7 @@ are stored.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import blake3
@@ -30,6 +31,13 @@ class TensorDigest:
     def hexdigest(self) -> str:
         """The digest so far, as 64 hexadecimal digits."""
         return str(self._hash.hexdigest())
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a file's bytes, as 64 hexadecimal digits."""
+    found = blake3.blake3()
+    found.update_mmap(path)
+    return str(found.hexdigest())
 
 
 def combine_digests(digests: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ from loratool import plugins
 from loratool.adapter import Adapter, LazyUpdate, Update
 from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
+from loratool.digests import file_digest
 from loratool.dtypes import itemsize
 from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
@@ -83,7 +84,12 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
         outcome.check()
         write_side_files({f"model/{n}": c for n, c in adapter.model_files.items()}, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        data = {"loratool": version("loratool"), **outcome.data(size), "run": run_facts()}
+        data = {
+            "loratool": version("loratool"),
+            **outcome.data(size),
+            "files": {file.name: file_digest(file) for file in folder.glob("*.safetensors")},
+            "run": run_facts(),
+        }
         write_file(folder / "README.md", model_card(adapter, outcome).encode())
         write_file(folder / MANIFEST, manifest(data))
     return outcome.report(target, size, data)

@@ -9,9 +9,12 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Protocol
 
 from loratool.errors import InputError
 
@@ -21,16 +24,37 @@ class Mirror:
     """A directory that stands for a remote one.
 
     Attributes:
+        name: what people call it: "org/name@revision".
         folder: the directory, absolute; it holds the files that were brought already.
         sizes: the names of all remote files, relative to it, -> their bytes.
         start: reads at most so many bytes from a file's beginning, without bringing the file.
-        fetch: brings a file to its place in the folder; may be called by several threads.
+        fetch: brings a file to its place in the folder, and checks it.
     """
 
+    name: str
     folder: Path
     sizes: Mapping[str, int]
     start: Callable[[str, int], bytes]
     fetch: Callable[[str], object]
+    _locks: dict[str, Lock] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        absent = (name for name in self.sizes if not (self.folder / name).exists())
+        object.__setattr__(self, "_locks", {name: Lock() for name in absent})
+
+    @property
+    def absent(self) -> Collection[str]:
+        """The files that were not brought yet."""
+        return self._locks.keys()
+
+    def bring(self, name: str) -> None:
+        """Fetch a file unless it is here; several threads may ask at a time."""
+        if (lock := self._locks.get(name)) is None:
+            return
+        with lock:
+            if name in self._locks:
+                self.fetch(name)
+                del self._locks[name]
 
 
 _mirrors: dict[Path, Mirror] = {}
@@ -51,23 +75,71 @@ def mirror_of(path: Path) -> Mirror | None:
 def _absent(path: Path) -> tuple[Mirror, str] | None:
     """The mirror, and the name in it, of a file that was not brought yet."""
     mirror = mirror_of(path)
-    if mirror is None or path == mirror.folder or path.exists():
+    if mirror is None:
         return None
-    return mirror, path.relative_to(mirror.folder).as_posix()
+    name = path.relative_to(mirror.folder).as_posix()
+    return (mirror, name) if name in mirror.absent else None
+
+
+def named(text: str) -> str:
+    """A text with the places of mirrors called by the mirrors' names."""
+    for folder, mirror in _mirrors.items():
+        text = text.replace(str(folder), mirror.name)
+    return text
+
+
+def absent_bytes(path: Path) -> int:
+    """How much would have to be brought to have everything below a path."""
+    if (mirror := mirror_of(path)) is None:
+        return 0
+    below = (name for name in mirror.absent if (mirror.folder / name).is_relative_to(path))
+    return sum(mirror.sizes[name] for name in below)
+
+
+class Watcher(Protocol):
+    """Is told of files that are brought."""
+
+    def begin(self, name: str, size: int) -> Callable[[int], None]:
+        """A file of so many bytes begins to come; what is returned is told how many came."""
+        ...
+
+
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Tell a watcher of all files that are brought inside the block."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def bringing(name: str, size: int) -> Callable[[int], None]:
+    """For stores: announce a file; what is returned is to be told the bytes of each piece."""
+    told = [watcher.begin(name, size) for watcher in _watchers]
+
+    def advance(count: int) -> None:
+        for tell in told:
+            tell(count)
+
+    return advance
 
 
 def is_file(path: Path) -> bool:
     """Whether there is such a file, here or there."""
-    found = _absent(path)
-    return path.is_file() if found is None else found[1] in found[0].sizes
+    return _absent(path) is not None or path.is_file()
 
 
 def is_dir(path: Path) -> bool:
     """Whether there is such a directory, here or there."""
-    found = _absent(path)
-    if found is None:
+    mirror = mirror_of(path)
+    if mirror is None:
         return path.is_dir()
-    return any(name.startswith(f"{found[1]}/") for name in found[0].sizes)
+    inside = PurePosixPath(path.relative_to(mirror.folder).as_posix())
+    return any(inside in PurePosixPath(name).parents for name in mirror.sizes)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -78,12 +150,9 @@ def entries(folder: Path) -> list[Path]:
     """
     mirror = mirror_of(folder)
     if mirror is not None:
-        inside = folder.relative_to(mirror.folder).as_posix()
-        names = {
-            PurePosixPath(name).relative_to(inside).parts[0]
-            for name in mirror.sizes
-            if PurePosixPath(name).is_relative_to(inside)
-        }
+        inside = PurePosixPath(folder.relative_to(mirror.folder).as_posix())
+        paths = (PurePosixPath(name) for name in mirror.sizes)
+        names = {p.relative_to(inside).parts[0] for p in paths if inside in p.parents}
         return sorted(folder / name for name in names)
     try:
         return sorted(folder.iterdir())
@@ -105,15 +174,13 @@ def files_below(folder: Path) -> dict[str, Path]:
 def file_size(path: Path) -> int:
     """A file's length in bytes; OSError as `Path.stat`."""
     found = _absent(path)
-    if found is None or found[1] not in found[0].sizes:
-        return path.stat().st_size
-    return found[0].sizes[found[1]]
+    return path.stat().st_size if found is None else found[0].sizes[found[1]]
 
 
 def read_start(path: Path, count: int) -> bytes:
     """At most `count` bytes from a file's beginning; OSError as `open`."""
     found = _absent(path)
-    if found is not None and found[1] in found[0].sizes:
+    if found is not None:
         return found[0].start(found[1], count)
     with path.open("rb") as file:
         return file.read(count)
@@ -130,7 +197,6 @@ def local(path: Path) -> Path:
     Raises:
         InputError: it cannot be brought.
     """
-    found = _absent(path)
-    if found is not None and found[1] in found[0].sizes:
-        found[0].fetch(found[1])
+    if (found := _absent(path)) is not None:
+        found[0].bring(found[1])
     return path

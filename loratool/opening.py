@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, PluginError
-from loratool.files import is_file
+from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.refs import parse_ref
+from loratool.refs import Ref, could_be_remote, parse_ref
+from loratool.reports import counted, listed
 
 # What else a path may hold: plugin kind, and what a person calls it.
 _OTHERS = {
@@ -22,51 +23,87 @@ _OTHERS = {
 }
 
 
-def resolve(ref: str | Path) -> Path:
-    """The local path of a reference.
+@dataclass(frozen=True)
+class Located:
+    """A reference, and the path that stands for what it points to."""
+
+    ref: Ref
+    path: Path
+
+
+Source = str | Path | Ref | Located
+
+
+def locate(source: Source) -> Located:
+    """Find what a reference points to; what is remote comes when it is read (`loratool.files`).
 
     Raises:
-        InputError: it does not exist, or no store can fetch it.
+        InputError: it does not exist, or cannot be had.
     """
-    parsed = parse_ref(ref)
+    if isinstance(source, Located):
+        return source
+    ref = source if isinstance(source, Ref) else parse_ref(source)
+    return Located(ref, store_of(ref).fetch(ref))
+
+
+def store_of(ref: Ref) -> Any:
+    """The store that holds a reference.
+
+    Raises:
+        InputError: none does.
+    """
     broken: list[str] = []
     for store in _usable("stores", broken):
-        if store.holds(parsed):
-            found: Path = store.fetch(parsed)
-            return found
-    hint = "; if it is a name on the Hub, download it first" if parsed.repo else "; check the path"
-    raise InputError(f"{parsed.text or repr('')}: no such file or directory{hint}{_list(broken)}")
+        if store.holds(ref):
+            return store
+    hint = "; check the path, or write a name on the Hub as org/name"
+    raise InputError(f"{ref.text or repr('')}: no such file or directory{hint}{_list(broken)}")
 
 
-def open_checkpoint(ref: str | Path) -> Checkpoint:
+def open_checkpoint(source: Source) -> Checkpoint:
     """Open a checkpoint by headers only.
 
     Raises:
         InputError: nothing is there, or it cannot be read.
         FormatError: no format recognises it, its files contradict themselves, or hold nothing.
     """
-    path = resolve(ref)
-    checkpoint: Checkpoint = _detect("checkpoint_formats", path, "checkpoint").open(path)
+    located = locate(source)
+    format = _detect("checkpoint_formats", located, "checkpoint")
+    checkpoint: Checkpoint = format.open(located.path)
     if not checkpoint:
-        raise FormatError(f"{path}: holds no tensors; download it again")
-    return checkpoint
+        raise FormatError(f"{located.path}: holds no tensors; download it again")
+    notes = (*_notes(located.ref), *checkpoint.notes)
+    return replace(checkpoint, hub_name=located.ref.repo or "", notes=notes)
 
 
-def open_adapter(ref: str | Path) -> Adapter:
+def open_adapter(source: Source) -> Adapter:
     """Open an adapter by headers only; what is wrong inside is collected in its `problems`.
 
     Raises:
         InputError: nothing is there, or it cannot be read.
         FormatError: no format recognises it.
     """
-    path = resolve(ref)
-    adapter: Adapter = _detect("adapter_formats", path, "adapter").open(path)
-    return replace(adapter, base_digests=_base_digests(path))
+    located = locate(source)
+    adapter: Adapter = _detect("adapter_formats", located, "adapter").open(located.path)
+    notes = (*_notes(located.ref), *adapter.notes)
+    return replace(adapter, base_digests=_base_digests(located.path), notes=notes)
 
 
-def open_any(ref: str | Path) -> Adapter | Checkpoint:
+def open_any(source: Source) -> Adapter | Checkpoint:
     """Open an adapter, or else a checkpoint; the errors of both."""
-    return open_adapter(ref) if _is_held("adapter_formats", resolve(ref)) else open_checkpoint(ref)
+    located = locate(source)
+    return open_adapter(located) if is_adapter(located) else open_checkpoint(located)
+
+
+def is_adapter(located: Located) -> bool:
+    """Whether there is an adapter."""
+    return _is_held("adapter_formats", located.path)
+
+
+def _notes(ref: Ref) -> tuple[str, ...]:
+    if not could_be_remote(ref):
+        return ()
+    return (f"{ref.text}: taken as the local path, not as the name on the Hub",)
 
 
 def _base_digests(path: Path) -> Mapping[str, str]:
@@ -81,14 +118,15 @@ def _base_digests(path: Path) -> Mapping[str, str]:
     return {str(name): str(digest) for name, digest in digests.items()}
 
 
-def _detect(kind: str, path: Path, what: str) -> Any:
+def _detect(kind: str, located: Located, what: str) -> Any:
+    path = located.path
     broken: list[str] = []
     for plugin in _usable(kind, broken):
         if plugin.detect(path):
             return plugin
     raise FormatError(
         f"{path}: holds no {what} that loratool can read "
-        f"(tried: {', '.join(plugins.names(kind))}){_hint(path, what)}{_list(broken)}"
+        f"(tried: {', '.join(plugins.names(kind))}){_hint(located, what)}{_list(broken)}"
     )
 
 
@@ -107,12 +145,26 @@ def _list(broken: list[str]) -> str:
     return "".join(f"\n  {message}" for message in broken)
 
 
-def _hint(path: Path, what: str) -> str:
-    """What the path may have been confused with."""
+def _hint(located: Located, what: str) -> str:
+    """What the path may have been confused with, or what it holds."""
+    path = located.path
     kind, name = _OTHERS[what]
     if what == "adapter" and is_file(path) and _is_held("adapter_formats", path.parent):
         return f"; name its directory, {path.parent}"
-    return f"; it is {name}" if _is_held(kind, path) else ""
+    if _is_held(kind, path):
+        return f"; it is {name}"
+    if what == "adapter" and (inside := _adapters_inside(located)):
+        return f"; it holds {counted(len(inside), 'adapter')} further down: {listed(inside, 8)}"
+    names = [entry.name for entry in entries(path)] if is_dir(path) else []
+    return f"; it holds {listed(names, 6)}" if names else ""
+
+
+def _adapters_inside(located: Located) -> list[str]:
+    """References to the adapters in subfolders."""
+    ref, path = located.ref, located.path
+    sign = ":" if ref.repo and not ref.subfolder else "/"
+    folders = [folder for folder in entries(path) if is_dir(folder)] if is_dir(path) else []
+    return [f"{ref.text}{sign}{f.name}" for f in folders if _is_held("adapter_formats", f)]
 
 
 def _is_held(kind: str, path: Path) -> bool:

@@ -83,6 +83,9 @@ class Step(Protocol):
         has_tasks: (optional, True if absent) whether an executor runs its work.
         in_place: (optional, False if absent) whether it changes its first operand: its result has
             `apply(drain) -> Report`.
+        names_base: (optional, False if absent) whether the operand `base` may be left out where
+            the adapters name their base.
+        reads_values: (optional, True if absent) whether the base's values are read.
     """
 
     operands: ClassVar[tuple[Operand, ...]]
@@ -221,7 +224,7 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     Args:
         default: the default value.
         help: one line for `--help`.
-        extra: `flag` (another name than the field's), `metavar`, `choices` (a tuple of allowed
+        extra: `flag` (another name than the field's), `short` (a letter), `metavar`, `choices` (a tuple of allowed
             values), `kind` (values are names of this plugin kind).
     """
     return dataclasses.field(default=default, metadata={"help": help, **extra})

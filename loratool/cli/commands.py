@@ -16,8 +16,10 @@ import click
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
+from loratool.cli.named_base import located, open_named_base, without_base
 from loratool.cli.output import ProgressBar, print_error, print_report
 from loratool.errors import OutputError, PluginError
+from loratool.files import watched_by
 from loratool.plugins import Operand, Step
 from loratool.refs import parse_ref, parse_weighted
 from loratool.reports import Report
@@ -31,7 +33,9 @@ def step_command(name: str) -> click.Command:
     """
     cls = plugins.load("steps", name)
     try:
-        parameters: list[click.Parameter] = [_operand(operand) for operand in cls.operands]
+        parameters: list[click.Parameter] = [
+            _operand(operand, _may_lack(cls, operand)) for operand in cls.operands
+        ]
         hints = get_type_hints(cls)
         parameters += [_option(field, hints[field.name]) for field in dataclasses.fields(cls)]
         parameters += _common_options(cls)
@@ -64,21 +68,31 @@ def broken_command(name: str, error: PluginError) -> click.Command:
     )
 
 
-def _operand(operand: Operand) -> click.Parameter:
+def _may_lack(cls: type[Step], operand: Operand) -> bool:
+    """Whether an operand may be left out because adapters name their base."""
+    names_base = getattr(cls, "names_base", False)
+    return names_base and operand.name in ("base", "adapters")
+
+
+def _operand(operand: Operand, may_lack: bool) -> click.Parameter:
+    required = operand.required and not may_lack
     if operand.flag:
         return click.Option(
             [f"--{operand.name}"],
-            required=operand.required,
+            required=required,
             multiple=operand.many,
             metavar="REF" + "[=WEIGHT]" * operand.many,
-            help=_sentence(operand.help or f"the {operand.name} {operand.kind}"),
+            help=_sentence(
+                operand.help
+                or f"the {operand.name} {operand.kind}" + may_lack * " (default: the one it names)"
+            ),
         )
     label = operand.name.removesuffix("s").upper() + "[=WEIGHT]..." * operand.many
     return click.Argument(
         [operand.name],
         nargs=-1 if operand.many else 1,
-        required=operand.required,
-        metavar=label if operand.required else f"[{label}]",
+        required=required and operand.name != "base",
+        metavar=label if required else f"[{label}]",
     )
 
 
@@ -104,7 +118,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     settings["type"] = click.Choice(choices) if choices else inner
     if kind := field.metadata.get("kind"):
         settings["metavar"] = "|".join(plugins.names(kind))
-    return click.Option([flag, field.name], multiple=many, **settings)
+    names = [flag, *(f"-{letter}" for letter in field.metadata.get("short", ""))]
+    return click.Option([*names, field.name], multiple=many, **settings)
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
@@ -148,6 +163,10 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
                 help="How tasks are run, with options: threads:workers=4.",
             ),
         ]
+    if getattr(cls, "names_base", False):
+        options += [
+            click.Option(["--yes"], is_flag=True, help="Download a base without asking."),
+        ]
     options += [
         click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
         click.Option(["-q", "--quiet"], is_flag=True, help="Print warnings and errors only."),
@@ -156,28 +175,38 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
 
 
 def _run(cls: type[Any], values: dict[str, Any]) -> None:
+    located.cache_clear()
+    with ProgressBar(bool(values["quiet"] or values["as_json"])) as bar, watched_by(bar):
+        report = _report(cls, values, bar)
+    print_report(report, bool(values["as_json"]), bool(values["quiet"]))
+    if not report.ok:
+        raise click.exceptions.Exit(report.status)
+
+
+def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
     step = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     refs = {operand.name: _refs(operand, values[operand.name]) for operand in cls.operands}
-    target = _target(cls, values)
+    if getattr(cls, "names_base", False):
+        refs = without_base(cls, refs)
+    target = _target(cls, values, refs)
     if target is not None:  # before any long work
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
         if "executor" in values:
             plugins.create("executors", values["executor"])
     if getattr(cls, "in_place", False):
         _complete(refs[cls.operands[0].name][0][0])
-    inputs = [_open(operand, refs[operand.name]) for operand in cls.operands]
-    result = step.run(*inputs)
+    inputs = {operand.name: _open(operand, refs[operand.name]) for operand in cls.operands}
+    if getattr(cls, "names_base", False) and inputs["base"] is None:
+        is_read = getattr(step, "reads_values", True) or inputs.get("merged") is not None
+        inputs["base"] = open_named_base(inputs, is_read, bool(values["yes"]))
+    result = step.run(*inputs.values())
     if isinstance(result, Report):
-        report = result
-    elif getattr(cls, "in_place", False):
-        report = _apply(result, values)
-    elif target is not None:
-        report = _save(result, target, values)
-    else:
-        raise AssertionError(f"{cls.__name__} has no place for its result")
-    print_report(report, bool(values["as_json"]), bool(values["quiet"]))
-    if not report.ok:
-        raise click.exceptions.Exit(report.status)
+        return result
+    if getattr(cls, "in_place", False):
+        return _apply(result, values, bar)
+    if target is not None:
+        return _save(result, target, values, bar)
+    raise AssertionError(f"{cls.__name__} has no place for its result")
 
 
 def _refs(operand: Operand, value: Any) -> list[tuple[str, float]]:
@@ -200,15 +229,17 @@ def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -
 
 
 def _open(operand: Operand, refs: list[tuple[str, float]]) -> Any:
-    from loratool.opening import open_adapter, open_any, open_checkpoint
+    from loratool.opening import Located, open_adapter, open_any, open_checkpoint
 
-    openers: dict[str, Callable[[str], Any]] = {
-        "checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any, "text": str,
+    if operand.kind == "text":
+        return refs[0][0] if refs else None
+    openers: dict[str, Callable[[Located], Any]] = {
+        "checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any,
     }  # fmt: skip
     opener = openers[operand.kind]
     if operand.many:
-        return [(opener(ref), weight) for ref, weight in refs]
-    return opener(refs[0][0]) if refs else None
+        return [(opener(located(ref)), weight) for ref, weight in refs]
+    return opener(located(refs[0][0])) if refs else None
 
 
 def _complete(ref: str) -> None:
@@ -220,16 +251,16 @@ def _complete(ref: str) -> None:
         print_error(f"{path}: an interrupted switch was completed first", "Note")
 
 
-def _target(cls: type[Step], values: Mapping[str, Any]) -> Path | None:
+def _target(
+    cls: type[Step], values: Mapping[str, Any], refs: Mapping[str, list[tuple[str, float]]]
+) -> Path | None:
     if not cls.output:
         return None
     if values["output"]:
         return Path(values["output"])
-    names = {
-        operand.name: _short_name(values[operand.name])
-        for operand in cls.operands
-        if not operand.many and values[operand.name] is not None
-    }
+    names = {name: _short_name(given[0][0]) for name, given in refs.items() if given}
+    if "adapters" in names:  # name it, where the base was left out
+        names.setdefault("base", names["adapters"])
     return Path(cls.output.format(**names))
 
 
@@ -240,33 +271,30 @@ def _short_name(ref: str) -> str:
     return (path.stem if path.is_file() else path.name) or "model"
 
 
-def _apply(result: Any, values: Mapping[str, Any]) -> Report:
+def _apply(result: Any, values: Mapping[str, Any], bar: ProgressBar) -> Report:
     """Change an operand in place."""
     from loratool.engine import Drain
 
     for note in result.notes:
         print_error(note, "Note")
-    with ProgressBar(bool(values["quiet"] or values["as_json"])) as bar:
-        drain = Drain(values["executor"], start=bar.start, progress=bar.advance)
-        report: Report = result.apply(drain)
-        return report
+    drain = Drain(values["executor"], start=bar.start, progress=bar.advance)
+    report: Report = result.apply(drain)
+    return report
 
 
-def _save(result: Any, target: Path, values: Mapping[str, Any]) -> Report:
+def _save(result: Any, target: Path, values: Mapping[str, Any], bar: ProgressBar) -> Report:
     from loratool.engine import Drain, save_adapter, save_checkpoint
 
-    quiet = bool(values["quiet"] or values["as_json"])
     for note in getattr(result, "notes", ()):
         print_error(note, "Note")
-    with ProgressBar(quiet) as bar:
-        executor = values.get("executor", "serial")
-        drain = Drain(executor, bool(values["overwrite"]), bar.start, bar.advance)
-        if isinstance(result, Adapter):
-            return _told(save_adapter(result, target, drain))
-        if isinstance(result, Checkpoint):
-            return _told(save_checkpoint(result, target, drain))
-        report: Report = result.write(target, drain)
-        return report
+    executor = values.get("executor", "serial")
+    drain = Drain(executor, bool(values["overwrite"]), bar.start, bar.advance)
+    if isinstance(result, Adapter):
+        return _told(save_adapter(result, target, drain))
+    if isinstance(result, Checkpoint):
+        return _told(save_checkpoint(result, target, drain))
+    report: Report = result.write(target, drain)
+    return report
 
 
 def _told(report: Report) -> Report:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratool import plugins
 from loratool.errors import PluginError
+from loratool.files import named
 from loratool.reports import Report, to_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+_SMALL_FILE = 1 << 20  # no bar for files that are here at once
 # Control characters but the newline, and lone surrogates, which no encoding can write.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # What stands for block characters where they cannot be written.
@@ -28,7 +31,7 @@ _PLAIN = {
 
 def print_error(message: str, kind: str = "Error") -> None:
     """One message on standard error."""
-    click.echo(f"{kind}: {_printable(message)}", err=True)
+    click.echo(f"{kind}: {_printable(named(message))}", err=True)
 
 
 def _printable(text: str) -> str:
@@ -94,8 +97,25 @@ class ProgressBar:
 
     def start(self, what: str, size: int) -> None:
         """Begin: `size` bytes are to be worked on (0: unknown)."""
-        if self._quiet:
-            return
+        if not self._quiet:
+            self._task = self._shown().add_task(what, total=size or None, tensor="")
+
+    def begin(self, name: str, size: int) -> Callable[[int], None]:
+        """A file begins to come from elsewhere: see `loratool.files.Watcher`."""
+        if self._quiet or size < _SMALL_FILE:
+            return lambda count: None
+        progress = self._shown()
+        task = progress.add_task("Downloading", total=size, tensor=name)
+
+        def advance(count: int) -> None:
+            progress.update(task, advance=count)
+            progress.update(task, visible=not progress.tasks[int(task)].finished)
+
+        return advance
+
+    def _shown(self) -> Progress:
+        if self._progress is not None:
+            return self._progress
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -115,7 +135,7 @@ class ProgressBar:
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task(what, total=size or None, tensor="")
+        return self._progress
 
     def advance(self, name: str, size: int) -> None:
         """One more tensor is done."""

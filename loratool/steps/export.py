@@ -61,6 +61,7 @@ class Export:
         Operand("adapters", "adapter", many=True, required=False),
     )
     output: ClassVar[str] = "{base}-onnx"
+    names_base: ClassVar[bool] = True
     has_tasks: ClassVar[bool] = False
 
     exporter: str = option("onnx", "how to export, with options: onnx:dtype=fp16", kind="exporters")

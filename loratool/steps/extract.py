@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate, Provenance
+from loratool.adapter import MODEL_FILES, Adapter, LazyUpdate, Provenance
 from loratool.alignment import Alignment, align, parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
     from loratool.delta import DeltaReader
 
 _DEFAULT_RANK = 16
-
-# Files of the fine-tuned model that an adapter carries under model/.
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "additional_chat_templates/*", "vocab*", "merges.txt", "spiece.model",
-    "*.tiktoken", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "sentencepiece*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,8 @@ class Extract:
 
     def _base_name(self, base: Checkpoint) -> str:
         named = str((base.config or {}).get("_name_or_path") or "")
-        return self.base_name or (named if is_hub_name(named) else str(base.path or ""))
+        found = self.base_name or base.hub_name
+        return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
 def _provenance(plan: _Plan, base_name: str) -> Provenance:
@@ -302,7 +295,7 @@ def _model_files(plan: _Plan) -> dict[str, Any]:
     return {
         name: content
         for name, content in completed.side_files.items()
-        if any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
+        if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
     }
 
 

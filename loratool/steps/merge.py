@@ -124,6 +124,7 @@ class Merge:
         Operand("adapters", "adapter", many=True),
     )
     output: ClassVar[str] = "{base}-merged"
+    names_base: ClassVar[bool] = True
 
     dtype: str | None = option(
         None, "type of the merged model (default: the base's)", choices=tuple(FLOAT_NAMES)

@@ -11,7 +11,7 @@ from loratool.adapter import Adapter
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Problem, UsageError
-from loratool.linalg import is_finite
+from loratool.finite import non_finite
 from loratool.plugins import Operand, option
 from loratool.reports import Report, counted
 
@@ -38,6 +38,7 @@ class Validate:
         ),
     )
     output: ClassVar[str] = ""
+    names_base: ClassVar[bool] = True
 
     deep: bool = option(False, "read the values too, and look for NaN and Inf")
     weight: float = option(1.0, "the strength that --merged should have been merged at")
@@ -45,6 +46,11 @@ class Validate:
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
             raise UsageError(f"--weight: a merge at strength {self.weight:g} cannot be looked for")
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether tensors are read, and not only headers, without a merged model."""
+        return self.deep
 
     def run(self, adapter: Adapter, base: Checkpoint, merged: Checkpoint | None = None) -> Report:
         """List every problem at once; without any, prove the merge if there is one.
@@ -62,22 +68,12 @@ class Validate:
         binding = bind(adapter, base)
         problems = list(binding.problems)
         if self.deep or merged is not None:
-            problems += _deep_problems(adapter)
+            problems += non_finite(adapter)
         if merged is None or any(problem.severity == "error" for problem in problems):
             return _report(adapter, base, binding, problems)
         from loratool.containment import prove
 
         return prove(adapter, base, merged, binding, self.weight)
-
-
-def _deep_problems(adapter: Adapter) -> list[Problem]:
-    found = []
-    for update in adapter.values():
-        for tensor in update.stored:
-            value = tensor.read()
-            if value.is_floating_point() and not is_finite(value):
-                found.append(Problem("error", tensor.name, "holds NaN or Inf"))
-    return found
 
 
 def _report(

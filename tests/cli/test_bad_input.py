@@ -270,7 +270,8 @@ def test_every_verb_refuses_a_bad_checkpoint(
         refused(loratool(*arguments(place, bad, inputs, tmp_path / "out")), *words)
 
 
-@pytest.mark.parametrize("kind", BAD)
+# An adapter in the base's place is one more adapter, whose base merge looks for.
+@pytest.mark.parametrize("kind", [kind for kind in BAD if kind != "an adapter"])
 def test_a_bad_checkpoint_is_refused(kind: str, adapter: Path, tmp_path: Path) -> None:
     bad, words = BAD[kind](tmp_path)
     with unchanged(tmp_path):
@@ -464,7 +465,6 @@ USAGE: dict[str, tuple[Sequence[object], str]] = {
     "shard size": (("merge", "BASE", "ADAPTER", "--max-shard-size", "big"), "not a size"),
     "shard size 0": (("merge", "BASE", "ADAPTER", "--max-shard-size", "0"), "not a size"),
     "no adapter": (("merge", "BASE"), "Missing argument"),
-    "no base": (("validate", "ADAPTER"), "--base"),
     "no input": (("extract",), "Missing argument"),
     "unknown option": (("merge", "BASE", "ADAPTER", "--rnak", 3), "--rnak"),
     "unknown verb": (("melt", "BASE"), "melt"),

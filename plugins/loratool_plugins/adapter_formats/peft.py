@@ -73,6 +73,7 @@ class Peft:
             dropped=tuple(map(str, ours.get("dropped", ()))),
             task_type=settings.get("task_type"),
             base_name=str(settings.get("base_model_name_or_path") or ""),
+            base_revision=str(settings.get("revision") or ""),
             tied=dict(ours.get("tied", {})),
             moves=tuple((str(old), str(new)) for old, new in ours.get("moves", ())),
             settings=settings,
