@@ -13,7 +13,7 @@ demo: $(STAMP) weights
 	@$(BIN)/python -m fixtures.demo
 
 test: $(STAMP) weights
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,13 @@ def locate(source: Source) -> Located:
     if isinstance(source, Located):
         return source
     ref = source if isinstance(source, Ref) else parse_ref(source)
-    return Located(ref, store_of(ref).fetch(ref))
+    store = store_of(ref)
+    try:
+        return Located(ref, store.fetch(ref))
+    except InputError as error:
+        if ref.repo is None or isinstance(source, Ref):
+            raise
+        raise InputError(f"{error}; and there is no local path of that name") from error
 
 
 def store_of(ref: Ref) -> Any:
@@ -57,7 +64,8 @@ def store_of(ref: Ref) -> Any:
         if store.holds(ref):
             return store
     hint = "; check the path, or write a name on the Hub as org/name"
-    raise InputError(f"{ref.text or repr('')}: no such file or directory{hint}{_list(broken)}")
+    text = re.sub(r"//[^/@]*@", "//", ref.text) or repr("")  # without user and password
+    raise InputError(f"{text}: no such file or directory{hint}{_list(broken)}")
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

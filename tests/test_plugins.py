@@ -15,7 +15,7 @@ import pytest
 
 from loratool import plugins
 from loratool.errors import FormatError, InputError, PluginError, UsageError
-from loratool.opening import open_checkpoint, resolve
+from loratool.opening import locate, open_checkpoint
 from tests.cli.tiny import done, entry, loratool, raw_safetensors, refused
 
 Install = Callable[[str, str, Mapping[str, str]], None]
@@ -186,7 +186,7 @@ def test_what_no_plugin_can_open_names_the_broken_ones(install: Install, tmp_pat
     with pytest.raises(FormatError, match=r"(?s)holds no checkpoint.*odd.*'odd' of bad"):
         open_checkpoint(tmp_path)
     with pytest.raises(InputError, match=r"(?s)no such file.*'far' of bad"):
-        resolve("far/away")
+        locate("far/far/away")
 
 
 def test_a_strangers_step_is_a_command(install: Install, model: Path) -> None:

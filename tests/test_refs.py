@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError, UsageError
-from loratool.opening import resolve
+from loratool.opening import locate
 from loratool.refs import Ref, parse_ref, parse_weighted
 
 # Names that exist nowhere below the directory in which the tests run.
@@ -55,7 +55,7 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert parse_ref("org/name") == Ref("org/name", Path("org/name"))
     assert parse_ref(tmp_path / "org").path == tmp_path / "org"
     assert parse_ref("org/other").repo == "org/other"
-    assert resolve("org/name") == Path("org/name")
+    assert locate("org/name").path == Path("org/name")
 
 
 def test_a_path_that_cannot_be_looked_at_is_an_input_error(
@@ -74,12 +74,40 @@ def test_a_path_that_cannot_be_looked_at_is_an_input_error(
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("nowhere", "check the path"), ("some/where", "on the Hub"), ("", "''")]
+    ("text", "hint"),
+    [
+        ("nowhere", "check the path"),
+        ("a/b/c", "org/name"),
+        ("", "''"),
+        ("nosuch://me:secret@host/x", "nosuch://host/x"),
+    ],
 )
 def test_what_does_not_exist_is_an_input_error(text: str, hint: str) -> None:
     with pytest.raises(InputError, match="no such file or directory") as caught:
-        resolve(text)
+        locate(text)
     assert hint in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("https://huggingface.co/org/name", ("org/name", None, None)),
+        ("https://huggingface.co/org/name/", ("org/name", None, None)),
+        ("https://huggingface.co/org/name/tree/main", ("org/name", "main", None)),
+        ("https://hf.co/org/name/tree/v1.0/sub/dir", ("org/name", "v1.0", "sub/dir")),
+        ("hf://org/name@v2/sub", ("org/name", "v2", "sub")),
+    ],
+)
+def test_addresses_of_the_hub_are_names_on_it(text: str, parts: tuple[str, ...]) -> None:
+    found = parse_ref(text)
+    assert (found.repo, found.revision, found.subfolder) == parts
+    assert found.url is None
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/dir", "https://host/dir/", "zip://a::s3://b/c"])
+def test_other_addresses_are_urls(text: str) -> None:
+    assert parse_ref(text) == Ref(text, None, url=text)
 
 
 @given(name=NAMES, weight=st.floats(allow_nan=False, allow_infinity=False))

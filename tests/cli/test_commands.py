@@ -98,14 +98,15 @@ def test_the_help_of_a_verb_shows_every_field_and_operand_of_its_step(verb: str)
     text = done(loratool(verb, "--help")).out
     step = plugins.load("steps", verb)
     for field in dataclasses.fields(step):
-        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"--{field.metadata.get('flag', field.name.replace('_', '-'))}" in text
         words = " ".join(text.split())
         assert field.metadata["help"][1:] in words
     for operand in step.operands:
         assert f"--{operand.name} REF" in text or operand.name.upper().rstrip("S") in text
     for option in ("--json", "-q, --quiet", "-h, --help"):
         assert option in text
-    assert ("-o, --output DIR" in text) == bool(step.output)
+    chosen = any(field.metadata.get("short") == "o" for field in dataclasses.fields(step))
+    assert ("-o, --output DIR" in text) == (bool(step.output) or chosen)
     has_tasks = bool(step.output) or getattr(step, "in_place", False)
     assert ("--executor" in text) == (has_tasks and verb != "export")
     assert "{" not in text
