@@ -26,6 +26,8 @@ from loratool.steps.export import Export, LazyExport
 from loratool.steps.extract import Extract
 from loratool.steps.inspect import Inspect
 from loratool.steps.merge import Merge, MergedCheckpoint
+from loratool.steps.pull import Pull
+from loratool.steps.push import Push
 from loratool.steps.rescale import Rescale
 from loratool.steps.stack import Stack
 from loratool.steps.switch import Switch
@@ -359,6 +361,79 @@ def export(
     """
     step = Export(exporter, architecture)
     return _as(LazyOnnx, step.run(_checkpoint(base), _weighted(adapters)))
+
+
+def pull(
+    ref: str,
+    base: CheckpointLike | None = None,
+    *,
+    directory: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> Report:
+    """Download an adapter or a model, now, and check it; `data["path"]` says where it is.
+
+    Args:
+        ref: a name on the Hub, or a URL.
+        base: a base to check the adapter against, by headers.
+        directory: where to; None for the cache.
+        overwrite: replace a directory that is not empty.
+        allow_pickle: bring pickle files, too.
+
+    Raises:
+        InputError: it is not there, cannot be had, or is not what the store or its manifest says.
+        FormatError: it holds neither an adapter nor a model, or only pickle files.
+        MismatchError: its files contradict themselves, or it does not fit the base.
+        OutputError: the output place is taken or too small.
+    """
+    opened = None if base is None else _checkpoint(base)
+    return Pull(directory, overwrite, allow_pickle).run(ref, opened)
+
+
+def push(
+    folder: str | Path,
+    target: str,
+    base: str | Path | None = None,
+    *,
+    private: bool = False,
+    public: bool = False,
+    revision: str = "",
+    tag: str = "",
+    message: str = "",
+    pr: bool = False,
+    dry_run: bool = False,
+    license: str = "",
+    base_name: str = "",
+    force: bool = False,
+) -> Report:
+    """Publish an adapter, a model or an ONNX folder; `data` names the URL and the commit.
+
+    Args:
+        folder: a directory of this machine.
+        target: "org/name" on the Hub, or a URL of another store.
+        base: the base, to check an adapter against and to inherit its license.
+        private: make a new repository private.
+        public: make a new repository public, whatever the account's default.
+        revision: the branch, created where it is missing; "" for the main one.
+        tag: put on the commit.
+        message: of the commit.
+        pr: propose the change as a pull request.
+        dry_run: show what would be sent, and send nothing.
+        license: its identifier on the Hub, for the card.
+        base_name: the base's Hub id.
+        force: replace what is of another kind, a card that others wrote, a tag elsewhere.
+
+    Raises:
+        InputError: there is nothing that can be published, or a file holds an access token or a
+            path of this machine that cannot be taken out.
+        MismatchError: the adapter is faulty, or does not fit the base.
+        OutputError: the place cannot be written, or holds something else; nothing was changed.
+        UsageError: options contradict each other, or mean nothing there.
+    """
+    step = Push(
+        private, public, revision, tag, message, pr, dry_run, license, base_name, force
+    )  # fmt: skip
+    return step.run(str(folder), target, None if base is None else str(base))
 
 
 def _checkpoint(source: CheckpointLike) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, PluginError
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.refs import Ref, could_be_remote, parse_ref
+from loratool.refs import Ref, could_be_remote, parse_ref, shown
 from loratool.reports import counted, listed
 
 # What else a path may hold: plugin kind, and what a person calls it.
@@ -64,8 +63,9 @@ def store_of(ref: Ref) -> Any:
         if store.holds(ref):
             return store
     hint = "; check the path, or write a name on the Hub as org/name"
-    text = re.sub(r"//[^/@]*@", "//", ref.text) or repr("")  # without user and password
-    raise InputError(f"{text}: no such file or directory{hint}{_list(broken)}")
+    raise InputError(
+        f"{shown(ref.text) or repr('')}: no such file or directory{hint}{_list(broken)}"
+    )
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

@@ -224,8 +224,8 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     Args:
         default: the default value.
         help: one line for `--help`.
-        extra: `flag` (another name than the field's), `short` (a letter), `metavar`, `choices` (a tuple of allowed
-            values), `kind` (values are names of this plugin kind).
+        extra: `flag` (another name than the field's), `short` (a letter), `metavar`, `choices` (a
+            tuple of allowed values), `kind` (values are names of this plugin kind).
     """
     return dataclasses.field(default=default, metadata={"help": help, **extra})
 

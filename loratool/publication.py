@@ -60,6 +60,7 @@ class Published:
         unchanged: how many files were there already.
         created: whether the place is new.
         notes: what the user should hear.
+        new: those of `sent` that were not there before.
     """
 
     url: str
@@ -69,3 +70,4 @@ class Published:
     unchanged: int = 0
     created: bool = False
     notes: tuple[str, ...] = ()
+    new: frozenset[str] = frozenset()

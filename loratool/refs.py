@@ -60,6 +60,11 @@ def parse_remote(text: str) -> Ref:
     return Ref(text, None, url=text if _URL.fullmatch(text) else None)
 
 
+def shown(text: str) -> str:
+    """A reference as messages and files may show it: without user and password."""
+    return re.sub(r"//[^/@]*@", "//", text)
+
+
 def could_be_remote(ref: Ref) -> bool:
     """Whether a local path has a name that would else be one on the Hub."""
     return ref.path is not None and _HUB_NAME.fullmatch(ref.text) is not None

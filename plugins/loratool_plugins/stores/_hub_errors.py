@@ -26,6 +26,7 @@ httpx: Any = utils.httpx
 _WRAPPERS = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, RuntimeError)
 _TOKEN = re.compile(r"\b(hf|api)_[A-Za-z0-9_]{6,}")
 _IN_ADDRESS = re.compile(r"/resolve/[^/]+/(?P<file>[^?]+)|/(revision|tree|refs|commits)/")
+_UPLOADING = re.compile(r"Error while uploading '(.+)' to the Hub")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _AGAIN = "run the same command again: what has arrived is not sent twice"
 
@@ -61,6 +62,8 @@ def explained(
     if isinstance(error, LoratoolError):
         return error
     cause = _cause(error)
+    uploading = _UPLOADING.match(str(error))
+    name = name or (uploading[1] if uploading else "")
     if isinstance(cause, UsageError) or not isinstance(cause, _expected()):
         raise error
     where = f"{ref.text}: {name}" if name else ref.text
@@ -156,6 +159,8 @@ def _of_answer(error: errors.HfHubHTTPError, ref: Ref, writing: bool) -> str:
         return f"holds no file {_file(error) or 'of that name'}: see {page(ref)}/tree/main"
     said = _line(error.server_message or "")
     quoted = f" ({said})" if said else ""
+    if status in (401, 403) and not str(error.response.url).startswith(constants.ENDPOINT):
+        return f"the Hub's storage refuses (status {status}): {_later(writing)}"
     if status == 401:
         return f"the Hub does not accept the access token: it is wrong or expired; {_LOG_IN}"
     if status == 402:
@@ -227,11 +232,10 @@ def _of_connection(error: Exception, writing: bool) -> str:
 def _of_system(error: OSError) -> str:
     said = str(error)
     if "Consistency check failed" in said:
-        sizes = re.search(r"of size (\d+) but has size (\d+)(?: \((?P<file>[^)]+)\))?", said)
+        sizes = re.search(r"of size (\d+) but has size (\d+)", said)
         if sizes is None:
             return "a file did not arrive as it was announced: try again"
-        file = f"{sizes['file']}: " if sizes["file"] else ""
-        return f"{file}{sizes[2]} bytes arrived where {sizes[1]} were announced: try again"
+        return f"{sizes[2]} bytes arrived where {sizes[1]} were announced: try again"
     if error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,11 +56,13 @@ class Hub:
     def _mirrored(self, ref: Ref) -> Path:
         from huggingface_hub import snapshot_download
 
+        from loratool_plugins.stores._hub_quiet import quietly
+
         if ref.repo is None:
             raise InputError(f"{ref.text}: is no name on the Hub")
         inside = f"{ref.subfolder}/" if ref.subfolder else ""
         first = [f"{inside}{name}" for name in (*_FIRST, "model/config.json")]
-        with _silently():
+        with quietly(bars=False):
             folder = Path(snapshot_download(ref.repo, revision=ref.revision, allow_patterns=first))
         commit = folder.name
         files = _listing(ref.repo, commit)
@@ -94,36 +94,14 @@ def _listing(repo: str, commit: str) -> list[RepoFile] | None:
         return None
 
 
-@contextmanager
-def _silently() -> Iterator[None]:
-    """No bars, and no warnings of patterns without a match."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    logger = logging.getLogger("huggingface_hub")
-    level, enabled = logger.level, not are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    if enabled:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if enabled:
-            enable_progress_bars()
-
-
 def _bar(advance: Callable[[int], None]) -> type[Any]:
     """What huggingface_hub is given as a progress bar: it draws nothing, and tells `advance`."""
     from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             advance(options.get("initial") or 0)
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             advance(int(n or 0))
