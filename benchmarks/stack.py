@@ -1,10 +1,11 @@
 """Stacking three adapters of rank 8 into one of rank 8, beside PEFT's add_weighted_adapter.
 
-    python stack.py [--runs 7] [--layers 12]
+    python stack.py [--runs 7] [--layers 12] [--executor serial]
 
 A Llama of 110 million parameters with random weights and three random adapters on its 84 linear
-modules. Both work in this process on the same factors in memory, with all cores: building the
-model, loading and writing are left out. PEFT runs once (combination_type="svd", svd_rank=8),
+modules. Both work in this process on the same factors in memory, PEFT with all cores, loratool with
+the given executor (matrices of this size are so quick that threads wait for each other): building
+the model, loading and writing are left out. PEFT runs once (combination_type="svd", svd_rank=8),
 loratool several times (the best rank-8 approximation of the exact weighted sum, with certificates
 and the report of interference). The ratio is PEFT's time divided by loratool's median. Both results
 are compared with each other, module by module, as B @ A * scale.
@@ -39,10 +40,11 @@ def main() -> None:
     parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     adapters = [(adapter_of(modules, name), weight) for name, weight in WEIGHTS.items()]
-    stack(adapters)  # once unmeasured: imports and first allocations
+    executor = arguments.executor
+    stack(adapters, executor)  # once unmeasured: imports and first allocations
     ours, found = [], {}
     for _ in range(arguments.runs):
-        seconds, found = timed(lambda: stack(adapters))
+        seconds, found = timed(lambda: stack(adapters, executor))
         ours.append(seconds)
     theirs, _ = timed(lambda: combine_with_peft(model))
     print(f"PEFT / loratool, median of {arguments.runs}: {theirs / statistics.median(ours):.0f}")
@@ -89,10 +91,10 @@ def held(update: LowRank) -> Callable[[], LowRank]:
     return lambda: update
 
 
-def stack(adapters: list[tuple[Adapter, float]]) -> dict[str, LowRank]:
+def stack(adapters: list[tuple[Adapter, float]], name: str) -> dict[str, LowRank]:
     """Everything that `loratool stack --rank 8` does but reading and writing."""
     lazy = loratool.stack(adapters, rank=RANK)
-    executor = plugins.create("executors", "threads")
+    executor = plugins.create("executors", name)
     with single_threaded_tasks():
         found = dict(executor.map(lambda update: (update.name, update.load()), lazy.values()))
     lazy.provenance.lines()
@@ -125,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--executor", default="serial")
     return parser.parse_args()
 
 
