@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from loratool.errors import InputError
 from loratool.linalg import is_finite, tiles
@@ -49,13 +50,17 @@ def exact_delta(parts: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> Ex
         parts: (B (out, r), A (r, in), factor), factor being weight times scale.
 
     Returns:
-        left (out, K) and right (K, in) with K the sum of the ranks.
+        left (out, K) and right (K, in) with K the sum of the ranks, or one more.
     """
     left = torch.cat([b.double() * factor for b, _, factor in parts], dim=1)
     right = torch.cat([a.double() for _, a, _ in parts], dim=0)
     terms = left.shape[1]
     bits = (53 - math.ceil(math.log2(terms))) // 2 if terms > 1 else 26
-    return ExactDelta(_fixed_point(left, 1, bits), _fixed_point(right, 0, bits))
+    left, right = _fixed_point(left, 1, bits), _fixed_point(right, 0, bits)
+    if bool((left == 0).any()) or bool((right == 0).any()):
+        # A sum of products that are all -0 is -0 or +0, as the BLAS begins it. One +0 more decides.
+        left, right = pad(left, (0, 1)), pad(right, (0, 0, 0, 1))
+    return ExactDelta(left, right)
 
 
 def _fixed_point(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:

@@ -198,3 +198,12 @@ def test_nan_in_the_base_and_overflow_are_told_apart() -> None:
         list(merged_blocks(large, exact_delta(parts), "F16", Survival(), "layer"))
     with pytest.raises(InputError, match="overflow F16"):
         list(rounded_blocks(torch.full((3,), 1e6), "F16", "layer"))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 7), (5, 1), (5, 7)])
+def test_a_delta_of_zero_has_no_sign(rank: int, rows: int, columns: int) -> None:
+    left, right = torch.zeros(rows, rank), -torch.ones(rank, columns)
+    delta = torch.empty(rows, columns, dtype=torch.float64)
+    exact_delta([(left, right, 1.0)]).rows(slice(None), delta)
+    assert not delta.signbit().any()
