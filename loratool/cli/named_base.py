@@ -87,9 +87,13 @@ def open_named_base(inputs: Mapping[str, Any], is_read: bool, yes: bool) -> Chec
 
 
 def _ask(name: str, needed: int) -> None:
-    if sys.stdin.isatty() and sys.stderr.isatty():
+    if _is_a_person_there():
         click.confirm(f"Download {format_bytes(needed)}?", abort=True, err=True)
     elif needed > _UNASKED:
         raise InputError(
             f"{name}: {format_bytes(needed)} would be downloaded: agree by --yes, or give the base"
         )
+
+
+def _is_a_person_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()

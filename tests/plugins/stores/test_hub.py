@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 
+import click
 import pytest
 from huggingface_hub import constants
 
@@ -338,3 +339,53 @@ def test_nothing_there(hub: HubServer) -> None:
         open_adapter("anna/empty")
     with pytest.raises(InputError):
         open_adapter("anna/lora:nowhere")
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_on_a_terminal_it_asks_before_a_named_base_is_fetched(
+    filled: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agrees: bool
+) -> None:
+    asked: list[str] = []
+
+    def confirm(text: str, abort: bool, err: bool) -> None:
+        asked.append(text)
+        if not agrees:
+            raise click.Abort
+
+    monkeypatch.setattr("loratool.cli.named_base._is_a_person_there", lambda: True)
+    monkeypatch.setattr(click, "confirm", confirm)
+    mark = filled.log.mark()
+    found = run("merge", "anna/lora", "-o", tmp_path / "out")
+    assert len(asked) == 1 and asked[0].startswith("Download ")
+    assert (found.status == 0) == agrees == (tmp_path / "out").exists()
+    whole = [r for r in filled.log.find("GET", "/cdn/anna/base", since=mark) if not r.range]
+    assert bool(whole) == agrees
+
+
+def test_what_is_pushed_is_pulled(
+    hub: HubServer, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_anna")
+    for name, base in (("adapter", ("--base", made / "base")), ("base", ())):
+        report = done(run("push", made / name, f"anna/{name}", "--tag", "v1", "--json")).data
+        for revision in ("", "@v1", f"@{report['commit']}"):
+            out = tmp_path / f"{name}{revision}"
+            done(run("pull", f"anna/{name}{revision}", *base, "-o", out))
+            assert weights(out) == weights(made / name)
+            pulled = {n: b for n, b in files_of(out).items() if n != ".gitattributes"}
+            assert pulled == {n: b for n, b in hub.files(f"anna/{name}").items() if n in pulled}
+
+
+def test_every_verb_takes_a_name(filled: HubServer, made: Path, tmp_path: Path) -> None:
+    out = [tmp_path / str(number) for number in range(6)]
+    files = files_of(made / "adapter")
+    filled.add_repo("anna/two", files={f"math/{name}": data for name, data in files.items()})
+    done(run("rescale", "anna/lora", "--rank", 1, "-o", out[0]))
+    done(run("stack", "anna/lora=0.5", f"{out[0]}=0.5", "--base", "anna/base", "-o", out[1]))
+    done(run("merge", "anna/base", "anna/lora", "--reversible", "-o", out[2]))
+    done(run("switch", out[2], "--to", "anna/two:math=0.5"))
+    done(run("unmerge", out[2], "-o", out[3]))
+    assert weights(out[3]) == weights(made / "base")
+    done(run("merge", made / "base", "anna/lora", "-o", out[4]))
+    done(run("unmerge", out[4], "anna/lora", "--base", "anna/base", "-o", out[5]))
+    done(run("validate", "anna/lora", "--merged", out[4]))
