@@ -35,7 +35,7 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="loratool")
 def cli() -> None:
-    """LoRA adapters: extract, inspect, validate, stack, rescale, merge, take out, export, pull, push."""
+    """LoRA adapters: extract, check, stack, rescale, merge, take out, export, pull, push."""
 
 
 @cli.command("plugins")
