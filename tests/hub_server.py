@@ -165,7 +165,7 @@ class HubServer:
         self._faults: list[Fault] = []
         self._servers = (_Server(self, "hub"), _Server(self, "cdn"))
         self.url, self.cdn_url = (server.url for server in self._servers)
-        self.cdn_url = self.cdn_url.replace("127.0.0.1", "localhost")  # another host, as it is there
+        self.cdn_url = self.cdn_url.replace("127.0.0.1", "localhost")  # another host
 
     def __enter__(self) -> Self:
         for server in self._servers:
