@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import signal
 import sys
+from contextlib import suppress
 
 import click
 
@@ -46,6 +48,7 @@ def list_plugins() -> None:
 
 def main() -> None:
     """Run the command line; expected errors become one message and exit status 1."""
+    _keep_freed_memory()
     # A run that is terminated cleans up as one that is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -67,3 +70,16 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted; nothing was written")
         sys.exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: every tensor takes buffers of the same few megabytes again.
+
+    It would give them back to the kernel in between, and fresh pages cost as much as the arithmetic
+    that is done in them. The limits are those of mallopt(3); other C libraries have none.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 128 << 20)
