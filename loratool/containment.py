@@ -43,8 +43,9 @@ from loratool.proof import (
     prove_update,
     roundest,
 )
-from loratool.replay import Names, Replay, Tally, Update
+from loratool.replay import Names, Replay, Update
 from loratool.reports import Report, Table, counted, format_count, format_share, listed
+from loratool.tally import Tally
 
 Kind = Literal["low_rank", "replacement", "untouched"]
 

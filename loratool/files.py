@@ -18,6 +18,9 @@ from typing import Protocol
 
 from loratool.errors import InputError
 
+# Files that are opened through pickle, which may hold code.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
 
 @dataclass(frozen=True)
 class Mirror:

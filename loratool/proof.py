@@ -45,10 +45,11 @@ import torch
 from loratool.dtypes import dtype_name, is_float, torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import is_finite, tiles
-from loratool.replay import Moments, Names, Replay, Tally, Way, differ, precision
+from loratool.replay import Names, Replay, differ, precision
 from loratool.reports import format_share
 from loratool.residual import bit_patterns
 from loratool.rounding import round_to
+from loratool.tally import Moments, Tally, Way
 
 Verdict = Literal["applied", "another strength", "not applied", "other changes", "cannot be told"]
 

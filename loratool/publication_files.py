@@ -15,6 +15,7 @@ from typing import Any
 from loratool.adapter import MODEL_FILES, Adapter
 from loratool.checkpoint import RECORD, Checkpoint
 from loratool.errors import FormatError, InputError
+from loratool.files import PICKLES
 from loratool.json_files import MANIFEST, read_json
 from loratool.opening import open_any
 from loratool.publication import Kind
@@ -32,7 +33,6 @@ _MODEL_SETTINGS = (
 _GRAPHS = ("*.onnx",)
 _GRAPH_DATA = ("*.onnx.data", "*.onnx_data", "*.onnx_data_*")
 _DATA_NAME = re.compile(rb"[\w.-]+\.onnx[._]data[\w.]*")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
 
 def _require_no_pickles(folder: Path, weights: Iterable[str]) -> None:
     for name in sorted(weights):
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             advice = (
                 "`loratool rescale DIR --by 1` writes the same adapter as safetensors"
                 if name.startswith("adapter_model")

@@ -25,8 +25,9 @@ from loratool.proof import (
     prove_update,
     roundest,
 )
-from loratool.replay import Names, Replay, Update, Way
+from loratool.replay import Names, Replay, Update
 from loratool.rounding import Stochastic
+from loratool.tally import Way
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = Names("base: w", "merged: w")

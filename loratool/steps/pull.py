@@ -11,15 +11,12 @@ from loratool.adapter import Adapter
 from loratool.binding import bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, MismatchError, raise_problems
-from loratool.files import file_content, file_size, files_below, is_file, local
+from loratool.files import PICKLES, file_content, file_size, files_below, is_file, local
 from loratool.json_files import MANIFEST, parse_json
 from loratool.opening import Located, locate, open_any
 from loratool.plugins import Operand, option
 from loratool.refs import parse_ref
 from loratool.reports import Report, counted, format_bytes, listed
-
-# What only loading through pickle opens; weights_only refuses the code in it.
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Pull:
             everything = {located.path.name: located.path}
         else:
             everything = {n: p for n, p in files_below(located.path).items() if not _is_hidden(n)}
-        pickles = [name for name in everything if Path(name).suffix in _PICKLES]
+        pickles = [name for name in everything if name.endswith(PICKLES)]
         if self.allow_pickle or not pickles:
             return everything, []
         if not any(name.endswith(".safetensors") for name in everything):

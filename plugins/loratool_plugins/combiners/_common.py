@@ -17,6 +17,21 @@ ON = ("deltas", "factors")
 ON_HELP = "deltas: on B @ A, as published; factors: on A and B apart, as PEFT does"
 
 
+class DeltasOrFactors:
+    """What combiners have in common that work on deltas or, as PEFT does, on factors.
+
+    Attributes:
+        on: which.
+    """
+
+    on: str
+
+    @property
+    def needs_equal_ranks(self) -> bool:
+        """Whether all parts must have one rank."""
+        return self.on == "factors"
+
+
 def check_choice(combiner: str, key: str, value: str, choices: Sequence[str]) -> None:
     """Raise UsageError if an option has none of its values."""
     if value not in choices:

@@ -69,6 +69,10 @@ class Rows:
             yield tile
 
 
+Sparsifiers = Callable[[Sequence[Rows]], Sequence[Sparsify]]
+"""Makes one of these for each matrix."""
+
+
 def combined(
     matrices: Sequence[Rows],
     weights: Sequence[float],
@@ -92,13 +96,29 @@ def combined(
     return dense
 
 
-def on_deltas(
+def combine(
+    on: str,
     parts: Sequence[LowRank],
     weights: Sequence[float],
     policy: RankPolicy | None,
     factorizer: Factorizer,
     generator: torch.Generator,
-    sparsifiers: Callable[[Sequence[Rows]], Sequence[Sparsify]],
+    sparsifiers: Sparsifiers,
+    merge: Merge,
+) -> LowRank:
+    """Sparsify and merge the parts' deltas or factors, as `on` says."""
+    if on == "factors":
+        return _on_factors(parts, weights, policy, sparsifiers, merge)
+    return _on_deltas(parts, weights, policy, factorizer, generator, sparsifiers, merge)
+
+
+def _on_deltas(
+    parts: Sequence[LowRank],
+    weights: Sequence[float],
+    policy: RankPolicy | None,
+    factorizer: Factorizer,
+    generator: torch.Generator,
+    sparsifiers: Sparsifiers,
     merge: Merge,
 ) -> LowRank:
     """Combine the dense deltas and factorize the result, at the sum of the ranks by default."""
@@ -109,11 +129,11 @@ def on_deltas(
     return LowRank(found.a, found.b, 1.0, found.certificate)
 
 
-def on_factors(
+def _on_factors(
     parts: Sequence[LowRank],
     weights: Sequence[float],
     policy: RankPolicy | None,
-    sparsifiers: Callable[[Sequence[Rows]], Sequence[Sparsify]],
+    sparsifiers: Sparsifiers,
     merge: Merge,
 ) -> LowRank:
     """Combine all A and all B, each as if it were a delta, with PEFT's weights; A goes first."""
@@ -146,7 +166,7 @@ def elected_mean(sign: str) -> Merge:
     return merge
 
 
-def largest(density: float) -> Callable[[Sequence[Rows]], Sequence[Sparsify]]:
+def largest(density: float) -> Sparsifiers:
     """Keep the given share of each matrix, the largest by magnitude."""
     return lambda matrices: [_Largest(matrix, density) for matrix in matrices]
 
@@ -207,9 +227,7 @@ def _magnitudes(tile: torch.Tensor) -> torch.Tensor:
     return tile.view(torch.int32) & _MAGNITUDE
 
 
-def dropped(
-    density: float, generator: torch.Generator
-) -> Callable[[Sequence[Rows]], Sequence[Sparsify]]:
+def dropped(density: float, generator: torch.Generator) -> Sparsifiers:
     """Keep each element with the given probability, and divide by it.
 
     Every matrix gets a random stream of its own, drawn element by element in row-major order: the

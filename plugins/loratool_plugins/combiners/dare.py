@@ -15,13 +15,11 @@ from loratool_plugins.combiners.ties import SIGN_HELP, SIGNS
 if TYPE_CHECKING:
     import torch
 
-    from loratool_plugins.combiners._elementwise import Merge
-
 _DENSITY_HELP = "probability that an element of a part is kept, in (0, 1]"
 
 
 @dataclass(frozen=True)
-class DareLinear:
+class DareLinear(common.DeltasOrFactors):
     """DARE: the weighted sum of parts thinned out at random and rescaled.
 
     Yu et al., 2023 (arXiv 2311.03099, section 3): keep each element of each delta with probability
@@ -43,11 +41,6 @@ class DareLinear:
         common.check_density("dare_linear", self.density)
         common.check_choice("dare_linear", "on", self.on, common.ON)
 
-    @property
-    def needs_equal_ranks(self) -> bool:
-        """Whether all parts must have one rank."""
-        return self.on == "factors"
-
     def combine(
         self,
         parts: Sequence[LowRank],
@@ -61,13 +54,16 @@ class DareLinear:
         Raises:
             InputError: on=factors, and the ranks differ.
         """
-        from loratool_plugins.combiners._elementwise import weighted_sum
+        from loratool_plugins.combiners import _elementwise as elementwise
 
-        return _thinned(self, parts, weights, policy, factorizer, generator, weighted_sum)
+        drop, merge = elementwise.dropped(self.density, generator), elementwise.weighted_sum
+        return elementwise.combine(
+            self.on, parts, weights, policy, factorizer, generator, drop, merge
+        )
 
 
 @dataclass(frozen=True)
-class DareTies:
+class DareTies(common.DeltasOrFactors):
     """DARE and TIES: parts thinned out at random, averaged where their signs agree.
 
     Yu et al., 2023 (arXiv 2311.03099, section 3) in place of the trimming of TIES (Yadav et al.,
@@ -90,11 +86,6 @@ class DareTies:
         common.check_choice("dare_ties", "sign", self.sign, SIGNS)
         common.check_choice("dare_ties", "on", self.on, common.ON)
 
-    @property
-    def needs_equal_ranks(self) -> bool:
-        """Whether all parts must have one rank."""
-        return self.on == "factors"
-
     def combine(
         self,
         parts: Sequence[LowRank],
@@ -108,24 +99,10 @@ class DareTies:
         Raises:
             InputError: on=factors, and the ranks differ.
         """
-        from loratool_plugins.combiners._elementwise import elected_mean
+        from loratool_plugins.combiners import _elementwise as elementwise
 
-        merge = elected_mean(self.sign)
-        return _thinned(self, parts, weights, policy, factorizer, generator, merge)
-
-
-def _thinned(
-    combiner: DareLinear | DareTies,
-    parts: Sequence[LowRank],
-    weights: Sequence[float],
-    policy: RankPolicy | None,
-    factorizer: Factorizer,
-    generator: torch.Generator,
-    merge: Merge,
-) -> LowRank:
-    from loratool_plugins.combiners import _elementwise as elementwise
-
-    drop = elementwise.dropped(combiner.density, generator)
-    if combiner.on == "factors":
-        return elementwise.on_factors(parts, weights, policy, drop, merge)
-    return elementwise.on_deltas(parts, weights, policy, factorizer, generator, drop, merge)
+        drop = elementwise.dropped(self.density, generator)
+        merge = elementwise.elected_mean(self.sign)
+        return elementwise.combine(
+            self.on, parts, weights, policy, factorizer, generator, drop, merge
+        )

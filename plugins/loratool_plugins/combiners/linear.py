@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(common.DeltasOrFactors):
     """The weighted sum without directions that repeat (on=deltas), or PEFT's "linear" (on=factors).
 
     Task arithmetic (Ilharco et al., 2022, arXiv 2212.04089) on low-rank updates.
@@ -35,11 +35,6 @@ class Linear:
 
     def __post_init__(self) -> None:
         common.check_choice("linear", "on", self.on, common.ON)
-
-    @property
-    def needs_equal_ranks(self) -> bool:
-        """Whether all parts must have one rank."""
-        return self.on == "factors"
 
     def combine(
         self,

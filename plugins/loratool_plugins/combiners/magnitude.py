@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MagnitudePrune:
+class MagnitudePrune(common.DeltasOrFactors):
     """The weighted sum of the largest elements of each part.
 
     Of each delta T_i keep the floor(density * size) largest elements by magnitude, of equal ones
@@ -38,11 +38,6 @@ class MagnitudePrune:
         common.check_density("magnitude_prune", self.density)
         common.check_choice("magnitude_prune", "on", self.on, common.ON)
 
-    @property
-    def needs_equal_ranks(self) -> bool:
-        """Whether all parts must have one rank."""
-        return self.on == "factors"
-
     def combine(
         self,
         parts: Sequence[LowRank],
@@ -59,6 +54,6 @@ class MagnitudePrune:
         from loratool_plugins.combiners import _elementwise as elementwise
 
         trim, merge = elementwise.largest(self.density), elementwise.weighted_sum
-        if self.on == "factors":
-            return elementwise.on_factors(parts, weights, policy, trim, merge)
-        return elementwise.on_deltas(parts, weights, policy, factorizer, generator, trim, merge)
+        return elementwise.combine(
+            self.on, parts, weights, policy, factorizer, generator, trim, merge
+        )

@@ -19,7 +19,7 @@ SIGNS = ("total", "frequency")
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(common.DeltasOrFactors):
     """TIES: the largest elements of each part, averaged where their signs agree.
 
     Yadav et al., 2023 (arXiv 2306.01708, section 4): of each delta T_i keep the floor(density *
@@ -45,11 +45,6 @@ class Ties:
         common.check_choice("ties", "sign", self.sign, SIGNS)
         common.check_choice("ties", "on", self.on, common.ON)
 
-    @property
-    def needs_equal_ranks(self) -> bool:
-        """Whether all parts must have one rank."""
-        return self.on == "factors"
-
     def combine(
         self,
         parts: Sequence[LowRank],
@@ -66,6 +61,6 @@ class Ties:
         from loratool_plugins.combiners import _elementwise as elementwise
 
         trim, merge = elementwise.largest(self.density), elementwise.elected_mean(self.sign)
-        if self.on == "factors":
-            return elementwise.on_factors(parts, weights, policy, trim, merge)
-        return elementwise.on_deltas(parts, weights, policy, factorizer, generator, trim, merge)
+        return elementwise.combine(
+            self.on, parts, weights, policy, factorizer, generator, trim, merge
+        )

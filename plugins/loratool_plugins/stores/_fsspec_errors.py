@@ -72,7 +72,6 @@ def reading(place: Place, name: str = "") -> Iterator[None]:
     except (LoratoolError, *_BUGS):
         raise
     except Exception as error:
-        label = f"{place.name.rstrip('/')}/{name}" if name else place.name
         kind = _kind(error)
         message = {
             "permission": f"no permission to read it: {_credentials(place)}",
@@ -80,7 +79,9 @@ def reading(place: Place, name: str = "") -> Iterator[None]:
             "away": f"cannot be reached ({_scrubbed(error, place.url)}); try again: what has come "
             "is kept",
         }.get(kind, f"cannot be read: {_scrubbed(error, place.url)}")
-        raise ReadError(f"{label}: {message}", kind == "missing", kind == "away") from error
+        raise ReadError(
+            f"{_label(place, name)}: {message}", kind == "missing", kind == "away"
+        ) from error
 
 
 @contextmanager
@@ -91,7 +92,6 @@ def writing(place: Place, name: str = "") -> Iterator[None]:
     except (LoratoolError, *_BUGS):
         raise
     except Exception as error:
-        label = f"{place.name.rstrip('/')}/{name}" if name else place.name
         message = {
             "permission": f"no permission to write there: {_credentials(place)}",
             "missing": "the bucket or directory does not exist; create it first",
@@ -99,7 +99,11 @@ def writing(place: Place, name: str = "") -> Iterator[None]:
             "been sent is not sent again",
             "unable": f"{place.protocol}:// can only be read; publish somewhere else",
         }.get(_kind(error), f"cannot be written: {_scrubbed(error, place.url)}")
-        raise OutputError(f"{label}: {message}") from error
+        raise OutputError(f"{_label(place, name)}: {message}") from error
+
+
+def _label(place: Place, name: str) -> str:
+    return f"{place.name.rstrip('/')}/{name}" if name else place.name
 
 
 def _credentials(place: Place) -> str:

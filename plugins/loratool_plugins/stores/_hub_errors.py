@@ -32,7 +32,7 @@ _AGAIN = "run the same command again: what has arrived is not sent twice"
 
 
 @contextmanager
-def explaining(ref: Ref, *, writing: bool = False) -> Iterator[None]:
+def explaining(ref: Ref, name: str = "", *, writing: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises inside the block into a LoratoolError.
 
     Raises:
@@ -42,7 +42,7 @@ def explaining(ref: Ref, *, writing: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise explained(error, ref, writing=writing) from error
+        raise explained(error, ref, name, writing=writing) from error
 
 
 def explained(

@@ -45,12 +45,10 @@ class Hub:
         Raises:
             InputError: it does not exist, may not be read, or cannot be reached and is not cached.
         """
-        from loratool_plugins.stores._hub_errors import explained
+        from loratool_plugins.stores._hub_errors import explaining
 
-        try:
+        with explaining(ref):
             folder = self._mirrored(ref)
-        except Exception as error:
-            raise explained(error, ref) from error
         return folder / ref.subfolder if ref.subfolder else folder
 
     def _mirrored(self, ref: Ref) -> Path:
@@ -180,13 +178,11 @@ class _Source:
         """Bring a file to the cache, and compare it with what the Hub says of it."""
         from huggingface_hub import hf_hub_download
 
-        from loratool_plugins.stores._hub_errors import explained
+        from loratool_plugins.stores._hub_errors import explaining
 
-        try:
+        with explaining(self.ref, name):
             bar = _bar(bringing(name, self.files[name].size))
             found = hf_hub_download(str(self.ref.repo), name, revision=self.commit, tqdm_class=bar)
-        except Exception as error:
-            raise explained(error, self.ref, name) from error
         path = Path(found)
         if wrong := self._wrong(name, path):
             path.resolve().unlink(missing_ok=True)
