@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,17 @@ class LazyTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
-        import torch
-
         if self.extent is not None:
             return next(self.blocks())
-        parts = [block.clone() for block in self.blocks()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        blocks = self.blocks()
+        first = next(blocks)
+        if first.shape == self.shape:
+            return first.clone()
+        whole, row = first.new_empty(self.shape), 0
+        for block in chain([first], blocks):
+            whole[row : row + len(block)] = block
+            row += len(block)
+        return whole
 
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""
