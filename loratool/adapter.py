@@ -11,16 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import Problem
 from loratool.files import named
-from loratool.linalg import Certificate
-
-if TYPE_CHECKING:
-    import torch
+from loratool.updates import LINEAR, WHOLE, Kind, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -32,51 +29,14 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """delta = scale * B @ A (Hu et al., 2021, "LoRA", section 4.1).
-
-    Attributes:
-        a: (r, in).
-        b: (out, r).
-        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        certificate: what its maker measured of its error, if it was extracted just now.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    certificate: Certificate | None = None
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of B."""
-        return int(self.a.shape[0])
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """The whole tensor is replaced; a weight cannot scale it.
-
-    Attributes:
-        tensor: the new value.
-        relative_norm: ||new - old||_F / ||old||_F where there is an old one, for reports.
-    """
-
-    tensor: LazyTensor
-    relative_norm: float | None = None
-
-
-Update = LowRank | Replacement
-
-
-@dataclass(frozen=True)
 class LazyUpdate:
     """An update that is read or computed only when asked for.
 
     Attributes:
         name: the parameter that it changes.
-        kind: "low_rank" or "replacement".
-        shape: (out, in) of the delta for low_rank; the new tensor's shape for replacement.
+        kind: what `load` gives (`loratool.updates`).
+        shape: of the weight that it is for, as the module computes with it: (out, in), or
+            (out, in, *kernel); for a replacement, of the new tensor.
         dtype: safetensors name of the factors' or the replacement's dtype.
         load: reads or computes it. None means that there is nothing to change after all: an
             extraction finds out only on reading that a tensor is the same in both models.
@@ -87,10 +47,13 @@ class LazyUpdate:
         stored: the tensors that it is made of as they lie in the file, for validation.
         beneath: the adapter's own copy of the tensor that a low-rank update is added to, which
             PEFT keeps for embeddings and heads; it must be the base's.
+        optional: whether it is left out where the base has no such tensor (IA3 scales biases
+            where there are any).
+        rows: which rows of a table are replaced.
     """
 
     name: str
-    kind: Literal["low_rank", "replacement"]
+    kind: Kind
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Update | None] = field(repr=False, compare=False)
@@ -99,6 +62,18 @@ class LazyUpdate:
     transposed: bool | None = None
     stored: tuple[LazyTensor, ...] = ()
     beneath: LazyTensor | None = None
+    optional: bool = False
+    rows: tuple[int, ...] = ()
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its delta does not depend on the base: it can be scaled, summed, subtracted."""
+        return self.kind in LINEAR
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it sets values instead of changing them."""
+        return self.kind in WHOLE
 
     @property
     def nbytes(self) -> int:

@@ -46,9 +46,10 @@ class LazyTensor:
         name: its name in the checkpoint.
         dtype: its safetensors dtype name ("BF16").
         shape: its shape.
-        blocks: yields its values as consecutive, contiguous blocks along axis 0 (one block of the
-            whole shape is fine). A block may be a view of a memory map or a buffer that the next
-            step of the iteration reuses: use it before going on, and never write to it.
+        blocks: yields its values in order, as contiguous blocks: the whole, or some rows after
+            others of the tensor seen as a matrix. A block may be a view of a memory map or a
+            buffer that the next step of the iteration reuses: use it before going on, and never
+            write to it.
         origin: the file it comes from, for messages.
         extent: where exactly these bytes lie on disk, if they do.
     """
@@ -77,7 +78,8 @@ class LazyTensor:
         if self.extent is not None:
             return next(self.blocks())
         parts = [block.clone() for block in self.blocks()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.view(self.shape)
 
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""

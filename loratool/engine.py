@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.digests import file_digest
@@ -24,6 +24,7 @@ from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
 from loratool.places import atomic_directory
 from loratool.reports import Report
+from loratool.updates import Update
 from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate
 from loratool.reports import Report, Table, counted, format_bytes, format_share
+from loratool.updates import LowRank, Replacement, Update
 
 
 @dataclass

@@ -26,13 +26,14 @@ from typing import (
     get_type_hints,
 )
 
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import Checkpoint
 from loratool.errors import PluginError, Problem, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
 from loratool.reports import Report
+from loratool.updates import LowRank, Update
 
 if TYPE_CHECKING:
     import torch

@@ -64,7 +64,7 @@ class Recorder:
     def how(self, name: str) -> str:
         """How a tensor of the base will come back: `BaseTensor.how`."""
         change = self.applied.changes.get(name)
-        if change is None or change.whole is not None:
+        if change is None or not change.can_be_subtracted:
             return "stored"
         return "residual" if change.updates else "same"
 

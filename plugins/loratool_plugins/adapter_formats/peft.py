@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, InputError, Problem
@@ -18,6 +18,7 @@ from loratool.families import is_embedding
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
+from loratool.updates import LowRank, Replacement, Update
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats.peft_layout import PREFIX, Layout, plan_layout
 from loratool_plugins.checkpoint_formats.torch import load_lazily
