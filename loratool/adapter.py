@@ -128,6 +128,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         settings: the adapter's own configuration file, as read.
         problems: what was already wrong with its files on opening.
         left_out: changes that were not asked for: measured and reported, never written.
+        naming: "" if names are those of parameters; else whose names they are ("kohya"), to be
+            resolved on binding (`loratool.binding`).
         rslora: whether its format should state alpha for the scale alpha / sqrt(rank).
         short_targets: the last part of module names -> every module of the model that ends in it,
             where that is known: formats may name targets by it.
@@ -153,6 +155,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     problems: tuple[Problem, ...] = ()
     left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    naming: str = ""
     rslora: bool = False
     short_targets: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -33,7 +33,7 @@ from loratool.linalg import Factorizer, RankPolicy
 from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
 from loratool.reports import Report
-from loratool.updates import LowRank, Update
+from loratool.updates import Kind, LowRank, Update
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,13 @@ class CheckpointFormat(Protocol):
 
 
 class AdapterFormat(Protocol):
-    """A way to store an adapter."""
+    """A way to store an adapter.
+
+    Attributes:
+        carries: the kinds of update that it can hold (`loratool.updates`).
+    """
+
+    carries: ClassVar[frozenset[Kind]]
 
     def detect(self, path: Path) -> bool:
         """Whether the file or directory is in this format, by names and headers only."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
@@ -18,7 +18,7 @@ from loratool.families import is_embedding
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
-from loratool.updates import LowRank, Replacement, Update
+from loratool.updates import Kind, LowRank, Replacement, Update
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats.peft_layout import PREFIX, Layout, plan_layout
 from loratool_plugins.checkpoint_formats.torch import load_lazily
@@ -43,6 +43,8 @@ _UNSUPPORTED = (
 @dataclass(frozen=True)
 class Peft:
     """LoRA as the peft package saves it."""
+
+    carries: ClassVar[frozenset[Kind]] = frozenset({"low_rank", "replacement"})
 
     def detect(self, path: Path) -> bool:
         """Whether the directory holds an adapter_config.json."""
