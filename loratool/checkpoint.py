@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +74,16 @@ class LazyTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
-        import torch
-
         if self.extent is not None:
             return next(self.blocks())
-        parts = [block.clone() for block in self.blocks()]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        blocks = self.blocks()
+        first = next(blocks)
+        if first.numel() == self.numel:
+            return first.clone().view(self.shape)
+        whole, done = first.new_empty(self.numel), 0
+        for block in chain([first], blocks):
+            whole[done : done + block.numel()] = block.flatten()
+            done += block.numel()
         return whole.view(self.shape)
 
     def digest(self) -> str:

@@ -15,6 +15,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
 from loratool.families import is_buffer
+from loratool.in_memory import in_memory, pieces_by_tensor
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
 from loratool.skeleton import (
@@ -85,7 +86,8 @@ class Extract:
 
         reader = DeltaReader(factorizer, policy, self.seed)
         low_rank, whole = _updates(self, plan, reader, policy, dtype)
-        updates = low_rank if self.lora_only else _in_order(finetuned, {**low_rank, **whole})
+        tensors = plan.finetuned
+        updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
         return Adapter(
@@ -95,7 +97,7 @@ class Extract:
             dropped=() if self.lora_only else plan.dropped,
             task_type=plan.task,
             base_name=self._base_name(base),
-            context={name: finetuned[name] for name in finetuned if name not in plan.buffers},
+            context={name: tensors[name] for name in tensors if name not in plan.buffers},
             kinds=plan.skeleton.kinds,
             tied=plan.skeleton.tied,
             moves=plan.alignment.moves,
@@ -129,6 +131,8 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
 
 @dataclass(frozen=True)
 class _Plan:
+    """Both models as they are in memory, and what becomes of their tensors."""
+
     base: Checkpoint
     finetuned: Checkpoint
     alignment: Alignment
@@ -142,11 +146,14 @@ class _Plan:
 
 
 def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
-    shapes = {name: tensor.shape for name, tensor in finetuned.items()}
-    base_shapes = {name: tensor.shape for name, tensor in base.items()}
-    alignment = align(shapes, base_shapes, parse_moves(step.map))
-    config, config_notes = complete_config(finetuned.config, shapes, base.config, step.architecture)
-    skeleton = build_skeleton(config, shapes)
+    config, config_notes = complete_config(
+        finetuned.config, _shapes(finetuned), base.config, step.architecture
+    )
+    skeleton = build_skeleton(config, _shapes(finetuned))
+    on_disk, base_skeleton = base, _base_skeleton(base, config, skeleton)
+    finetuned, base = in_memory(finetuned, skeleton), in_memory(base, base_skeleton)
+    shapes = _shapes(finetuned)
+    alignment = align(shapes, _shapes(base), parse_moves(step.map))
     _check_related(alignment, finetuned, base, skeleton)
     buffers = tuple(name for name, shape in shapes.items() if is_buffer(name, shape))
     parameters = [name for name in finetuned if name not in buffers]
@@ -159,10 +166,15 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         if is_in_task_head(name, task) or _is_selected(step, name, name not in alignment.pairs)
     )
     paired = set(alignment.pairs.values())
-    dropped = tuple(
+    gone = {
         name
         for name in base
         if name not in paired and alignment.name_here(name) not in skeleton.tied
+    }
+    dropped = tuple(
+        tensor
+        for tensor, users in pieces_by_tensor(base_skeleton, _shapes(on_disk)).items()
+        if all(name in gone for name, _ in users)
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
     if words := alignment.describe():
@@ -183,6 +195,24 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         base, finetuned, alignment, config, skeleton, task, dropped, buffers, selected,
         tuple(notes),
     )  # fmt: skip
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in checkpoint.items()}
+
+
+def _base_skeleton(
+    base: Checkpoint, config: Mapping[str, Any] | None, skeleton: Skeleton
+) -> Skeleton:
+    """How the base lies on disk: by its own config.json, or else as the fine-tune's class."""
+    if skeleton.guessed:
+        return skeleton
+    found, _ = complete_config(base.config, _shapes(base), config)
+    if found is None:
+        return build_skeleton(config, _shapes(base))
+    if not architecture_of(found):
+        found["architectures"] = [architecture_of(config)]
+    return build_skeleton(found, _shapes(base))
 
 
 def _smaller_than(
