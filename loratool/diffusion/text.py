@@ -42,7 +42,7 @@ _UNUSED = 23
 # CLIP's names in files of transformers 5.6 and later lack the first part of the older ones.
 _BARE_CLIP = re.compile(
     r"(?P<component>text_encoder(_\d+)?\.)(?P<name>(encoder\.layers\.\d+\."
-    r"|embeddings\.(token_embedding|position_embedding|position_ids)|final_layer_norm\.).*)"
+    r"|embeddings\.(token_embedding|position_embedding|position_ids)|final_layer_norm(?=\.|$)).*)"
 )
 
 

@@ -67,7 +67,8 @@ def _links(levels: int, depth: int, attended: Iterable[int], label: str) -> list
         label: diffusers' name for the embedding of what the UNet is conditioned on besides text.
     """
     found = [*_OUTSIDE, link("label_emb.0.0", f"{label}.linear_1")]
-    found += [link("label_emb.0.2", f"{label}.linear_2"), link("label_emb", label)]
+    found.append(link("label_emb.0.2", f"{label}.linear_2"))
+    found.append(link("label_emb.weight", f"{label}.weight"))  # a table of classes
     for level in range(levels):
         for layer in range(depth):
             block, part = (
