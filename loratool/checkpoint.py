@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.digests import TensorDigest
-from loratool.dtypes import itemsize
+from loratool.dtypes import itemsize, torch_dtype
 from loratool.files import named
 from loratool.reports import Report, counted, format_bytes
 
@@ -76,8 +76,14 @@ class LazyTensor:
 
         if self.extent is not None:
             return next(self.blocks())
-        parts = [block.clone() for block in self.blocks()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        flat, done = whole.view(-1), 0
+        for block in self.blocks():
+            flat[done : done + block.numel()] = block.reshape(-1)
+            done += block.numel()
+        if done != len(flat):
+            raise AssertionError(f"{self.name}: {done} values of {self.shape}")
+        return whole
 
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""
@@ -89,6 +95,46 @@ class LazyTensor:
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another name."""
         return replace(self, name=name)
+
+
+Parts = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor lies in a checkpoint that stores it otherwise than as its plain values.
+
+    Attributes:
+        pieces: part ("codes", "scales", ...) -> the stored tensor, under its stored name.
+        decode: the values, in consecutive blocks along axis 0, from the parts' contents.
+        encode: the parts' contents from all values, a tensor of the plain shape in fp32 or in the
+            type that `decode` gives; where a part is text, it may be padded with spaces.
+        sizes: the shapes of parts that `encode` makes larger than they are.
+        obstacle: why values cannot be encoded; "" if they can.
+    """
+
+    pieces: Mapping[str, LazyTensor]
+    decode: Callable[[Parts], Iterator[torch.Tensor]] = field(repr=False)
+    encode: Callable[[torch.Tensor], Parts] = field(repr=False)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    obstacle: str = ""
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The values as they are stored, decoded block by block."""
+        yield from self.decode({part: piece.read() for part, piece in self.pieces.items()})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as it lies on disk, where that is not what `Checkpoint.tensors` show.
+
+    Attributes:
+        checkpoint: the stored tensors under their stored names, and the files beside them.
+        forms: name -> how the tensor of that name is stored; the others are stored as they are.
+    """
+
+    checkpoint: Checkpoint
+    forms: Mapping[str, Form]
 
 
 @dataclass(frozen=True)
@@ -110,6 +156,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         headers: the exact safetensors header to write, by file name, where there is one to keep.
         record: the files of the record of what was merged into it (`loratool.record`), by name
             relative to its directory.
+        quantized: tensor -> the scheme that its values are stored in, in words ("GGUF Q4_1"). What
+            is read here are the dequantized values.
+        stored: how it lies on disk, if that is not as `tensors` show it.
+        written_as: the checkpoint format that it is written in.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -124,6 +174,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     index_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     record: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    quantized: Mapping[str, str] = field(default_factory=dict)
+    stored: Stored | None = field(default=None, repr=False)
+    written_as: str = "safetensors"
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -143,6 +196,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed checkpoint>"
+
+    def written_dtype(self, name: str) -> str:
+        """The type that a tensor is written in unless another is asked for.
+
+        Dequantized values have fp32's precision only because every product of a code and a scale
+        must be kept exactly; bf16 is what models are trained and served in.
+        """
+        return "BF16" if name in self.quantized else self.tensors[name].dtype
 
     def check(self, name: str, digest: str) -> None:
         """Raise InputError if a tensor is known to have another digest; here, none is."""

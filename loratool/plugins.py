@@ -97,7 +97,11 @@ class Step(Protocol):
 
 
 class CheckpointFormat(Protocol):
-    """A way to store a model's tensors."""
+    """A way to store a model's tensors.
+
+    A format that opens checkpoints with `written_as` set to its own name also has
+    `write(checkpoint, folder, executor, progress)`, as `loratool.writer.write_checkpoint`.
+    """
 
     def detect(self, path: Path) -> bool:
         """Whether the file or directory is in this format, by names and headers only."""
