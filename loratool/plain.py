@@ -163,9 +163,7 @@ def hadamard(update: LoHa) -> lowrank.Product:
 def kronecker(update: LoKr) -> lowrank.Product:
     """A LoKr delta as one product, in fp64: kron(B1 A1, B2 A2) = kron(B1, B2) kron(A1, A2)."""
     (left, right), (other_left, other_right) = _split(update.one), _split(update.other)
-    return lowrank.Product(
-        torch.kron(left, other_left), torch.kron(right, other_right), update.scale
-    )
+    return lowrank.Product(_kron(left, other_left), _kron(right, other_right), update.scale)
 
 
 def truncated_kronecker(update: LoKr, policy: RankPolicy) -> Factorization:
@@ -197,6 +195,11 @@ def truncated_kronecker(update: LoKr, policy: RankPolicy) -> Factorization:
         sigma=products[:rank],
         certificate=Certificate(rank, total, captured, optimum_bound=bound, method="kronecker"),
     )
+
+
+def _kron(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The Kronecker product of matrices; torch's own fails on some that are transposed views."""
+    return (one[:, None, :, None] * other[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def changed_vector(update: IA3, base: torch.Tensor) -> Dense:
