@@ -59,9 +59,9 @@ def bind_part(adapter: Adapter, weight: float, base: Checkpoint) -> Part:
     fixed = [u for u in adapter.values() if not u.is_linear and not u.is_whole]
     if fixed and weight != 1:
         raise UsageError(
-            f"{adapter.label}: {fixed[0].name}: a {KIND_NAMES[fixed[0].kind]} cannot be scaled, so "
-            f"the weight {weight:g} means nothing: merge it with 1, or make plain LoRA of it first "
-            "(loratool convert --to-lora)"
+            f"{adapter.label}: {fixed[0].name}: {KIND_NAMES[fixed[0].kind]}: this kind cannot be "
+            f"scaled, so the weight {weight:g} means nothing: merge it with 1, or make plain LoRA "
+            "of it first (loratool convert --to-lora)"
         )
     binding = bind(adapter, base)
     raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
@@ -308,8 +308,8 @@ def with_rows(tensor: LazyTensor, bounds: Sequence[BoundUpdate]) -> LazyTensor:
             if isinstance(found, Rows):
                 values = torch.cat(list(_finite_blocks(found.tensor, bound)))
                 rounded = rounded_blocks(values, tensor.dtype, f"{found.tensor.origin}: rows")
-                kept = torch.cat([block.clone() for block in rounded])
-                new |= dict(zip(found.indices, kept, strict=True))
+                kept = torch.cat([block.flatten().clone() for block in rounded])
+                new |= dict(zip(found.indices, kept.view(values.shape), strict=True))
         table = tensor.read()
         for rows in tiles(table, TILE_ELEMENTS):
             tile = table[rows]

@@ -22,8 +22,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import InputError
 from loratool.skeleton import TASK_HEADS
-
-PREFIX = "base_model.model."
+from loratool_plugins.adapter_formats.peft_reader import PREFIX
 
 
 @dataclass(frozen=True)
