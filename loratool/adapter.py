@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint import LazyTensor
+from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
-from loratool.errors import Problem
+from loratool.errors import InputError, Problem
 from loratool.files import named
 from loratool.updates import LINEAR, WHOLE, Kind, Update
 
@@ -104,6 +104,43 @@ class Provenance:
     lost: Callable[[], float] = float
 
 
+@dataclass(frozen=True)
+class FormatOptions:
+    """What a person, or the base, tells of an adapter where its own files are silent.
+
+    Attributes:
+        alpha: the numerator of the scale alpha / rank.
+        enable_lora: which slots of a fused weight have an update (loralib's MergedLinear).
+        fan_in_fan_out: whether the base stores the adapted weights as (in, out).
+        base: the model that it is for: its config, and the shapes of its tensors.
+    """
+
+    alpha: float | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    fan_in_fan_out: bool | None = None
+    base: Checkpoint | None = None
+
+    def over(self, other: FormatOptions) -> FormatOptions:
+        """These, and `other`'s where these say nothing."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return FormatOptions(**{n: there if here is None else here for n, here, there in pairs})
+
+
+@dataclass(frozen=True)
+class Rereading:
+    """How an adapter is read again once more is known of it.
+
+    Attributes:
+        options: the names of the `FormatOptions` that its meaning depends on.
+        updates: the updates as they were read; when others take their place, this is void.
+        read: reads it again.
+    """
+
+    options: frozenset[str]
+    updates: Mapping[str, LazyUpdate]
+    read: Callable[[FormatOptions], Adapter]
+
+
 _READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
 
 
@@ -134,10 +171,12 @@ class Adapter(Mapping[str, LazyUpdate]):
         short_targets: the last part of module names -> every module of the model that ends in it,
             where that is known: formats may name targets by it.
         base_digests: base tensor -> its digest, where the adapter's manifest tells it.
-        files: the files that it was read from: name relative to `path` -> where.
+        files: the files that it was read from: name relative to `path` -> where; of an adapter
+            that is one file, that file's name.
+        rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
-        path: where it was opened, or None if it was computed.
+        path: where it was opened, a directory or a file, or None if it was computed.
     """
 
     updates: Mapping[str, LazyUpdate]
@@ -162,6 +201,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     files: Mapping[str, Path] = field(default_factory=dict, repr=False)
     provenance: Provenance = _READ
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None
 
     def __getitem__(self, name: str) -> LazyUpdate:
@@ -177,3 +217,21 @@ class Adapter(Mapping[str, LazyUpdate]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed adapter>"
+
+    def reread(self, options: FormatOptions) -> Adapter:
+        """The adapter read again with these facts; itself where its meaning does not need them.
+
+        Raises:
+            InputError: its files, or the caller, say already what an option says. A base may
+                always be given.
+        """
+        given = {f.name for f in fields(options) if getattr(options, f.name) is not None}
+        again = self.rereading
+        if again is None or again.updates is not self.updates:
+            wanted: frozenset[str] = frozenset()
+        else:
+            wanted = again.options
+        if useless := sorted(given - wanted - {"base"}):
+            flag = f"--{useless[0].replace('_', '-')}"
+            raise InputError(f"{self.label}: says itself what {flag} would say: leave that out")
+        return again.read(options) if again is not None and given & wanted else self

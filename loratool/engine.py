@@ -20,11 +20,12 @@ from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.digests import file_digest
 from loratool.dtypes import itemsize
+from loratool.errors import Problem, raise_problems
 from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
 from loratool.places import atomic_directory
 from loratool.reports import Report
-from loratool.updates import Update
+from loratool.updates import KIND_NAMES, Update
 from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
@@ -68,10 +69,15 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
     """Compute every update of an adapter and write it, with its manifest and model card.
 
     Raises:
+        MismatchError: the format cannot hold all of it; nothing was computed.
         InputError: nothing differs, or a tensor holds NaN or Inf.
         OutputError: the output place is taken or too small.
     """
     writer = plugins.create("adapter_formats", format_name)
+    raise_problems(
+        f"{adapter.label} cannot be written as {format_name.partition(':')[0]}:",
+        refusals(adapter, writer),
+    )
     executor = plugins.create("executors", drain.executor)
     outcome = Outcome(adapter)
     updates = [*adapter.values(), *adapter.left_out.values()]
@@ -88,12 +94,34 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
         data = {
             "loratool": version("loratool"),
             **outcome.data(size),
-            "files": {file.name: file_digest(file) for file in folder.glob("*.safetensors")},
+            "files": {file.name: file_digest(file) for file in _weight_files(folder)},
             "run": run_facts(),
         }
-        write_file(folder / "README.md", model_card(adapter, outcome).encode())
+        library, usage = getattr(writer, "library", "peft"), getattr(writer, "usage", "")
+        card = model_card(adapter, outcome, library, usage)
+        write_file(folder / "README.md", card.encode())
         write_file(folder / MANIFEST, manifest(data))
     return outcome.report(target, size, data)
+
+
+def refusals(adapter: Adapter, writer: plugins.AdapterFormat) -> list[Problem]:
+    """What of an adapter a format cannot hold, by headers only."""
+    unknown = [
+        Problem(
+            "error",
+            update.name,
+            f"the format has no {KIND_NAMES[update.kind]}: leave it out (--drop), or make plain "
+            "LoRA of it (--to-lora)",
+        )
+        for update in adapter.values()
+        if update.kind not in writer.carries
+    ]
+    return [*unknown, *writer.refusals(adapter)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of tensors that a format has written."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf", ".pt"))
 
 
 def _compute(

@@ -98,10 +98,18 @@ class Step(Protocol):
 
 
 class CheckpointFormat(Protocol):
-    """A way to store a model's tensors."""
+    """A way to store a model's tensors.
 
-    def detect(self, path: Path) -> bool:
-        """Whether the file or directory is in this format, by names and headers only."""
+    Attributes:
+        refines: (optional, empty if absent) the formats whose files it recognises, too, and knows
+            more of: where both could open a path, this one does.
+    """
+
+    def objection(self, path: Path) -> str:
+        """Why the file or directory is not in this format, in a few words; "" if it is.
+
+        By names and headers only.
+        """
         ...
 
     def open(self, path: Path) -> Checkpoint:
@@ -114,16 +122,27 @@ class AdapterFormat(Protocol):
 
     Attributes:
         carries: the kinds of update that it can hold (`loratool.updates`).
+        refines: (optional) as of a `CheckpointFormat`.
+        library: (optional, "peft" if absent) the Hub's name of the library that loads it.
+        usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
+            directory; PEFT's way if absent.
     """
 
     carries: ClassVar[frozenset[Kind]]
 
-    def detect(self, path: Path) -> bool:
-        """Whether the file or directory is in this format, by names and headers only."""
+    def objection(self, path: Path) -> str:
+        """Why the file or directory is not in this format, in a few words; "" if it is.
+
+        By names and headers only.
+        """
         ...
 
     def open(self, path: Path) -> Adapter:
         """Open it lazily, collecting what is wrong in `Adapter.problems`."""
+        ...
+
+    def refusals(self, adapter: Adapter) -> Iterable[Problem]:
+        """What of an adapter it cannot hold although it carries the kind; by headers only."""
         ...
 
     def write(

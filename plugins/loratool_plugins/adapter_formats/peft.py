@@ -38,9 +38,21 @@ class Peft:
 
     carries: ClassVar[frozenset[Kind]] = frozenset({"low_rank", "replacement"})
 
-    def detect(self, path: Path) -> bool:
-        """Whether the directory holds an adapter_config.json."""
-        return is_file(path / _CONFIG)
+    def objection(self, path: Path) -> str:
+        """Why it is no directory with PEFT's adapter_config.json."""
+        if is_file(path):
+            return "a file, not a directory"
+        if not is_file(path / _CONFIG):
+            return f"no {_CONFIG}"
+        try:
+            settings = read_json(path / _CONFIG)
+        except FormatError:
+            return ""  # opening it says what is wrong with the file
+        return "" if "peft_type" in settings else f"peft_type is missing in {_CONFIG}"
+
+    def refusals(self, adapter: Adapter) -> Iterable[Problem]:
+        """Nothing: whatever of the kinds that it carries can be written."""
+        return ()
 
     def open(self, path: Path) -> Adapter:
         """Open it by its headers; what is wrong inside is collected.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.errors import FormatError
@@ -15,9 +16,13 @@ from loratool_plugins.checkpoint_formats import directory
 class Safetensors:
     """A directory or a file of safetensors; opening reads headers only."""
 
-    def detect(self, path: Path) -> bool:
-        """Whether there are safetensors files at `path`."""
-        return directory.find_weights(path, "model", (".safetensors",)) is not None
+    # A directory may hold the same weights again for other loaders.
+    refines: ClassVar[frozenset[str]] = frozenset({"torch", "gguf"})
+
+    def objection(self, path: Path) -> str:
+        """Why there are no safetensors files at `path`."""
+        found = directory.find_weights(path, "model", (".safetensors",))
+        return "" if found is not None else "no .safetensors file of a model"
 
     def open(self, path: Path) -> Checkpoint:
         """Open it by its headers.

@@ -32,9 +32,10 @@ _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 class Torch:
     """A directory or a file of .bin, .pt or .pth."""
 
-    def detect(self, path: Path) -> bool:
-        """Whether there are torch files at `path`."""
-        return directory.find_weights(path, "pytorch_model", _SUFFIXES) is not None
+    def objection(self, path: Path) -> str:
+        """Why there are no torch files at `path`."""
+        found = directory.find_weights(path, "pytorch_model", _SUFFIXES)
+        return "" if found is not None else f"no {', '.join(_SUFFIXES)} file of a model"
 
     def open(self, path: Path) -> Checkpoint:
         """Open it: zip files are mapped, legacy ones have to be loaded whole, which is noted.
