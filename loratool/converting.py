@@ -5,7 +5,6 @@ Everything here touches values; the step that plans it touches headers only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from loratool.adapter import LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.deltas import matrix_shape
+from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Factorizer, is_finite, named_generator
 from loratool.lowrank import rounded_factors
@@ -20,6 +20,7 @@ from loratool.plain import Aim, Tools, changed_vector, low_rank
 from loratool.updates import (
     IA3,
     KIND_NAMES,
+    NEED_BASE,
     Dense,
     Experts,
     LowRank,
@@ -43,6 +44,12 @@ class Underneath:
 
     tensor: LazyTensor
     transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape as the module computes with it."""
+        shape = self.tensor.shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
 
     def read(self) -> torch.Tensor:
         """Its values as the module computes with them."""
@@ -77,8 +84,10 @@ class Converter:
 
         Args:
             update: of any kind that is added to a weight, but of experts.
-            under: the base's weight, where the update needs it.
+            under: the base's weight, where the update needs it, or where the base is known: its
+                shape has a convolution's kernel, which some updates do not tell.
         """
+        update = update if under is None else replace(update, shape=under.shape)
         dtype = self._dtype(update)
         if len(update.shape) < 2:
             return replace(
@@ -102,7 +111,7 @@ class Converter:
         if isinstance(found, Experts | Rows | Replacement):
             raise TypeError(f"{update.name}: a {KIND_NAMES[found.kind]} has no matrix")
         tools = Tools(self.factorizer, named_generator(self.seed, update.name))
-        base = None if under is None else self._values(under)
+        base = self._values(under) if under is not None and found.kind in NEED_BASE else None
         try:
             factors = low_rank(found, update.shape, self.aim, tools, base)
         except InputError as error:
@@ -110,9 +119,7 @@ class Converter:
         if factors.certificate is None:  # it was low-rank after all
             return factors
         dtype = self._dtype(update)
-        result = rounded_factors(
-            factors.a, factors.b, factors.certificate, dtype, factors.scale
-        )
+        result = rounded_factors(factors.a, factors.b, factors.certificate, dtype, factors.scale)
         if not (is_finite(result.a) and is_finite(result.b)):
             raise InputError(
                 f"{self._origin(update)}: its factors overflow {dtype}: choose a wider --dtype"
@@ -126,8 +133,6 @@ class Converter:
         if isinstance(found, IA3) and under is not None:
             found = changed_vector(found, self._values(under))
         if isinstance(found, Dense):
-            from loratool.dtypes import torch_dtype
-
             return Dense(found.values.to(torch_dtype(self._dtype(update))), found.scale)
         return found
 
@@ -153,10 +158,3 @@ class Converter:
 
     def _origin(self, update: LazyUpdate) -> str:
         return f"{update.origin or self.label}: {update.name}"
-
-
-def worst(results: Mapping[str, Certificate]) -> tuple[str, float] | None:
-    """The name with the largest relative error, and that error; None if there is no result."""
-    errors = {name: found.relative_error for name, found in results.items()}
-    name = max(errors, key=lambda name: errors[name], default=None)
-    return None if name is None else (name, errors[name])

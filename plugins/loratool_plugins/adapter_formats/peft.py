@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
-from loratool.errors import FormatError, InputError
+from loratool.errors import FormatError, InputError, Problem
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
