@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 RECORD = "loratool-record"
 SWITCH = ".loratool-switch"
 SWITCH_COMMIT = f"{SWITCH}/commit.json"
+# The file of a diffusers folder that tells its components.
+MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,16 @@ class LazyTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
-        import torch
-
         if self.extent is not None:
             return next(self.blocks())
-        parts = [block.clone() for block in self.blocks()]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        blocks = self.blocks()
+        first = next(blocks)
+        if first.numel() == self.numel:
+            return first.clone().view(self.shape)
+        whole, done = first.new_empty(self.numel), 0
+        for block in chain([first], blocks):
+            whole[done : done + block.numel()] = block.flatten()
+            done += block.numel()
         return whole.view(self.shape)
 
     def digest(self) -> str:
@@ -99,7 +106,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     Attributes:
         tensors: name to tensor, in file order.
-        config: the parsed config.json, or None.
+        config: the parsed config.json, or None; of several components, model_index.json.
         side_files: files that belong to the model but hold no tensors (config, tokenizer, ...):
             relative name to where its content is, or to the content itself.
         shards: tensor name to the file name that holds it; written files keep this layout.
@@ -112,6 +119,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
         headers: the exact safetensors header to write, by file name, where there is one to keep.
         record: the files of the record of what was merged into it (`loratool.record`), by name
             relative to its directory.
+        components: of a model of several components, their names -> their parsed config.json, or
+            None; tensors are called COMPONENT.NAME then, and each component's files lie in a folder
+            of its name.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -126,6 +136,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     index_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     record: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    components: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -145,6 +156,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed checkpoint>"
+
+    def as_stored(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Tensors of this checkpoint by the names that they have inside their file."""
+        if not self.components:
+            return dict(tensors)
+        return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
     def check(self, name: str, digest: str) -> None:
         """Raise InputError if a tensor is known to have another digest; here, none is."""

@@ -127,6 +127,11 @@ def _adapter_files(folder: Path, adapter: Adapter, there: Iterable[str]) -> set[
 
 
 def _model_files(folder: Path, model: Checkpoint, there: Iterable[str]) -> set[str]:
+    if model.components:
+        raise InputError(
+            f"{folder}: is a model of several components ({', '.join(model.components)}), which "
+            "cannot be published yet; huggingface_hub's `hf upload` sends the folder as it is"
+        )
     weights = set(model.shards.values())
     _require_no_pickles(folder, weights)
     code = _code_files(model.config or {})

@@ -139,6 +139,7 @@ def subtract(
         side_files=merged.side_files,
         shards=merged.shards,
         metadata=merged.metadata,
+        components=merged.components,
         notes=(*merged.notes, *_notes(parts)),
         doubts=doubts,
         taken=tuple(f"{part.adapter.label}={part.weight:g}" for part in parts),

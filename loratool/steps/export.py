@@ -15,6 +15,7 @@ from loratool.errors import InputError, raise_problems
 from loratool.places import atomic_directory
 from loratool.plugins import Exporter, Operand, option
 from loratool.reports import Report
+from loratool.skeleton import is_diffusers
 from loratool.steps.merge import Merge, MergedCheckpoint
 
 
@@ -72,8 +73,12 @@ class Export:
 
         Raises:
             MismatchError: an adapter does not fit, or the model cannot be exported.
-            InputError: the model's class is not known.
+            InputError: the model's class is not known, or is none of transformers'.
         """
+        if is_diffusers(base.config):
+            raise InputError(
+                f"{base.label}: is a diffusers model: only models of transformers can be exported"
+            )
         exporter: Exporter = plugins.create("exporters", self.exporter)
         merge = Merge(architecture=self.architecture)
         merged = merge.run(base, adapters)

@@ -19,7 +19,7 @@ from loratool.plugins import Operand, option
 from loratool.recording import Recorder
 from loratool.reports import Report, Table, counted, format_bytes, format_share
 from loratool.shards import parse_size, plan_shards, safetensors_name
-from loratool.skeleton import complete_config
+from loratool.skeleton import complete_config, is_diffusers
 
 _CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _RECORD_LEFT_BEHIND = (
@@ -184,6 +184,7 @@ class Merge:
             side_files=side_files,
             shards=shards,
             metadata={safetensors_name(n): {"format": "pt", **m} for n, m in base.metadata.items()},
+            components=base.components,
             notes=(*base.notes, *(n for p in parts for n in p.notes()), *notes),
             traces=applied.traces,
             counts=_counts(parts),
@@ -198,6 +199,8 @@ class Merge:
         dtype: str | None,
     ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any], tuple[str, ...]]:
         """The config and side files of the merged model: the base's, under the adapters'."""
+        if base.components:
+            return self._component_files(base, parts, dtype)
         side_files = dict(base.side_files)
         original = base.config
         notes: list[str] = []
@@ -212,12 +215,40 @@ class Merge:
                 original = part.adapter.model_config
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         config, completed = complete_config(original, shapes, base.config, self.architecture)
-        if config is not None and dtype in _CONFIG_DTYPES:
+        if config is not None and not is_diffusers(config) and dtype in _CONFIG_DTYPES:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = _CONFIG_DTYPES[dtype]
         if config is not None and config != base.config:
             side_files |= Checkpoint({}).with_config(config).side_files
         return config, side_files, (*notes, *completed)
+
+    def _component_files(
+        self, base: Checkpoint, parts: Sequence[Part], dtype: str | None
+    ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any], tuple[str, ...]]:
+        """Those of a model of several components: the base's alone."""
+        config, notes = complete_config(base.config, {}, architecture=self.architecture)
+        side_files = dict(base.side_files)
+        if dtype in _CONFIG_DTYPES:
+            for name, component in base.components.items():
+                side_files |= _with_dtype(f"{name}/config.json", component, dtype)
+        left_out = tuple(
+            f"{part.adapter.label}: its files under model/ are left out: they belong to a single "
+            "model, and the base has several components"
+            for part in parts
+            if part.adapter.model_files
+        )
+        return config, side_files, (*left_out, *notes)
+
+
+def _with_dtype(
+    name: str, config: Mapping[str, Any] | None, dtype: str
+) -> Mapping[str, Path | bytes]:
+    """A component's config.json with another dtype, if it states one."""
+    stated = {"dtype", "torch_dtype"}.intersection(config or {})
+    if config is None or not stated:
+        return {}
+    changed = {**config, **dict.fromkeys(stated, _CONFIG_DTYPES[dtype])}
+    return {name: Checkpoint({}).with_config(changed).side_files["config.json"]}
 
 
 def _counts(parts: Sequence[Part]) -> dict[str, int]:
@@ -235,6 +266,8 @@ def _counts(parts: Sequence[Part]) -> dict[str, int]:
 def _renames(base: Checkpoint, parts: Sequence[Part]) -> dict[str, str]:
     """Base name -> the name in the class whose config the merged model gets."""
     renames: dict[str, str] = {}
+    if base.components:
+        return renames  # its names say which component they belong to
     for part in parts:
         alignment = part.binding.alignment
         named = alignment.prefix_here or alignment.prefix_there or alignment.moves
