@@ -77,6 +77,8 @@ class LazyTensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
         if self.extent is not None:
             return next(self.blocks())
+        import torch
+
         whole = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
         flat, done = whole.view(-1), 0
         for block in self.blocks():

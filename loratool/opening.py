@@ -83,7 +83,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
 def _open_stored(source: Source) -> Checkpoint:
     """A checkpoint with its tensors as they are stored."""
     located = locate(source)
-    format = _detect("checkpoint_formats", located, "checkpoint")
+    _, format = _detect("checkpoint_formats", located, "checkpoint")
     checkpoint: Checkpoint = format.open(located.path)
     if not checkpoint:
         raise FormatError(f"{located.path}: holds no tensors; download it again")
@@ -99,18 +99,19 @@ def open_adapter(source: Source) -> Adapter:
         FormatError: no format recognises it.
     """
     located = locate(source)
-    return _opened(_detect("adapter_formats", located, "adapter").open(located.path), located)
+    name, format = _detect("adapter_formats", located, "adapter")
+    return _opened(format.open(located.path), located, name)
 
 
-def _opened(adapter: Adapter, located: Located) -> Adapter:
+def _opened(adapter: Adapter, located: Located, format: str) -> Adapter:
     """An adapter as its format read it, with what belongs to the place where it lies."""
     notes = (*_notes(located.ref), *adapter.notes)
     again = adapter.rereading
     if again is not None:
         read = again.read
-        again = replace(again, read=lambda options: _opened(read(options), located))
+        again = replace(again, read=lambda options: _opened(read(options), located, format))
     digests = _base_digests(located.path)
-    return replace(adapter, base_digests=digests, notes=notes, rereading=again)
+    return replace(adapter, base_digests=digests, notes=notes, format=format, rereading=again)
 
 
 def open_any(source: Source) -> Adapter | Checkpoint:
@@ -157,8 +158,8 @@ def format_of(kind: str, path: Path) -> str | None:
     return next(iter(claims)) if len(claims) == 1 else None
 
 
-def _detect(kind: str, located: Located, what: str) -> Any:
-    """The one format that a path is in.
+def _detect(kind: str, located: Located, what: str) -> tuple[str, Any]:
+    """The one format that a path is in, and its name.
 
     Raises:
         FormatError: there is none, or more than one.
@@ -167,7 +168,7 @@ def _detect(kind: str, located: Located, what: str) -> Any:
     broken: list[str] = []
     claims, objections = _claims(kind, path, broken)
     if len(claims) == 1:
-        return next(iter(claims.values()))
+        return next(iter(claims.items()))
     if claims:
         raise FormatError(
             f"{path}: could be of the formats {' and '.join(claims)}: keep the files of one of "

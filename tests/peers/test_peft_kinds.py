@@ -74,7 +74,8 @@ CASES: Mapping[str, peft.PeftConfig] = {
     "loha, patterns": peft.LoHaConfig(
         r=3, alpha=5, target_modules=LINEAR, rank_pattern={"first": 2}, alpha_pattern={"square": 1}
     ),
-    "lokr": peft.LoKrConfig(r=2, alpha=5, target_modules=LYCORIS),
+    "lokr": peft.LoKrConfig(r=2, alpha=5, target_modules=["first", "square", "plane", "grouped"]),
+    "lokr of Conv1d": peft.LoKrConfig(r=2, alpha=5, target_modules=["line"]),
     "lokr, both in factors": peft.LoKrConfig(
         r=1, alpha=5, target_modules=LYCORIS, decompose_both=True
     ),
@@ -135,7 +136,7 @@ def test_a_merge_is_what_peft_merges(tmp_path: Path, name: str) -> None:
     assert any(not torch.equal(found[key], base[key]) for key in base)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lokr of Conv1d"])
 def test_what_is_written_again_is_the_same_to_peft(tmp_path: Path, name: str) -> None:
     wanted = made(CASES[name], tmp_path)
     merged = merge(tmp_path)
