@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loratool
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate, LowRank
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.engine import single_threaded_tasks
+from loratool.updates import LowRank
 
 RANK = 8
 WEIGHTS = {"one": 0.5, "two": 0.3, "three": 0.2}

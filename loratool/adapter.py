@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from loratool.checkpoint import LazyTensor
+from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
-from loratool.errors import Problem
+from loratool.errors import InputError, Problem
 from loratool.files import named
-from loratool.linalg import Certificate
-
-if TYPE_CHECKING:
-    import torch
+from loratool.updates import LINEAR, WHOLE, Kind, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -32,51 +29,14 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """delta = scale * B @ A (Hu et al., 2021, "LoRA", section 4.1).
-
-    Attributes:
-        a: (r, in).
-        b: (out, r).
-        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        certificate: what its maker measured of its error, if it was extracted just now.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float = 1.0
-    certificate: Certificate | None = None
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of B."""
-        return int(self.a.shape[0])
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """The whole tensor is replaced; a weight cannot scale it.
-
-    Attributes:
-        tensor: the new value.
-        relative_norm: ||new - old||_F / ||old||_F where there is an old one, for reports.
-    """
-
-    tensor: LazyTensor
-    relative_norm: float | None = None
-
-
-Update = LowRank | Replacement
-
-
-@dataclass(frozen=True)
 class LazyUpdate:
     """An update that is read or computed only when asked for.
 
     Attributes:
         name: the parameter that it changes.
-        kind: "low_rank" or "replacement".
-        shape: (out, in) of the delta for low_rank; the new tensor's shape for replacement.
+        kind: what `load` gives (`loratool.updates`).
+        shape: of the weight that it is for, as the module computes with it: (out, in), or
+            (out, in, *kernel); for a replacement, of the new tensor.
         dtype: safetensors name of the factors' or the replacement's dtype.
         load: reads or computes it. None means that there is nothing to change after all: an
             extraction finds out only on reading that a tensor is the same in both models.
@@ -87,10 +47,14 @@ class LazyUpdate:
         stored: the tensors that it is made of as they lie in the file, for validation.
         beneath: the adapter's own copy of the tensor that a low-rank update is added to, which
             PEFT keeps for embeddings and heads; it must be the base's.
+        optional: whether it is left out where the base has no such tensor (IA3 scales biases
+            where there are any).
+        rows: which rows of a table are replaced.
+        embedding: whether it is for an embedding's table, which formats store in another way.
     """
 
     name: str
-    kind: Literal["low_rank", "replacement"]
+    kind: Kind
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Update | None] = field(repr=False, compare=False)
@@ -99,6 +63,19 @@ class LazyUpdate:
     transposed: bool | None = None
     stored: tuple[LazyTensor, ...] = ()
     beneath: LazyTensor | None = None
+    optional: bool = False
+    rows: tuple[int, ...] = ()
+    embedding: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its delta does not depend on the base: it can be scaled, summed, subtracted."""
+        return self.kind in LINEAR
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it sets values instead of changing them."""
+        return self.kind in WHOLE
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +92,7 @@ class Provenance:
         done: "Extracted", when it is done.
         sentence: the model card's first sentence.
         lines: more lines for the report; called after draining.
+        sources: update -> what it was made of, for the table ("LoHa update").
         skipped: what an update without anything to write is: "unchanged".
         nothing: the error if there is nothing to write at all.
         lost: ||delta||_F^2 of updates that are left out; called after draining.
@@ -124,9 +102,47 @@ class Provenance:
     done: str
     sentence: str
     lines: Callable[[], tuple[str, ...]] = tuple
+    sources: Mapping[str, str] = field(default_factory=dict)
     skipped: str = "unchanged"
     nothing: str = "base and fine-tune are identical: there is nothing to extract"
     lost: Callable[[], float] = float
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What a person, or the base, tells of an adapter where its own files are silent.
+
+    Attributes:
+        alpha: the numerator of the scale alpha / rank.
+        enable_lora: which slots of a fused weight have an update (loralib's MergedLinear).
+        fan_in_fan_out: whether the base stores the adapted weights as (in, out).
+        base: the model that it is for: its config, and the shapes of its tensors.
+    """
+
+    alpha: float | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    fan_in_fan_out: bool | None = None
+    base: Checkpoint | None = None
+
+    def over(self, other: FormatOptions) -> FormatOptions:
+        """These, and `other`'s where these say nothing."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return FormatOptions(**{n: there if here is None else here for n, here, there in pairs})
+
+
+@dataclass(frozen=True)
+class Rereading:
+    """How an adapter is read again once more is known of it.
+
+    Attributes:
+        options: the names of the `FormatOptions` that its meaning depends on.
+        updates: the updates as they were read; when others take their place, this is void.
+        read: reads it again.
+    """
+
+    options: frozenset[str]
+    updates: Mapping[str, LazyUpdate]
+    read: Callable[[FormatOptions], Adapter]
 
 
 _READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
@@ -153,14 +169,20 @@ class Adapter(Mapping[str, LazyUpdate]):
         settings: the adapter's own configuration file, as read.
         problems: what was already wrong with its files on opening.
         left_out: changes that were not asked for: measured and reported, never written.
+        naming: "" if names are those of parameters; else whose names they are ("kohya"), to be
+            resolved on binding (`loratool.binding`).
         rslora: whether its format should state alpha for the scale alpha / sqrt(rank).
         short_targets: the last part of module names -> every module of the model that ends in it,
             where that is known: formats may name targets by it.
         base_digests: base tensor -> its digest, where the adapter's manifest tells it.
-        files: the files that it was read from: name relative to `path` -> where.
+        files: the files that it was read from: name relative to `path` -> where; of an adapter
+            that is one file, that file's name.
+        format: the adapter format that it is written in where no other is asked for: the one that
+            it was read in.
+        rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
-        path: where it was opened, or None if it was computed.
+        path: where it was opened, a directory or a file, or None if it was computed.
     """
 
     updates: Mapping[str, LazyUpdate]
@@ -178,12 +200,15 @@ class Adapter(Mapping[str, LazyUpdate]):
     problems: tuple[Problem, ...] = ()
     left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    naming: str = ""
     rslora: bool = False
     short_targets: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     files: Mapping[str, Path] = field(default_factory=dict, repr=False)
     provenance: Provenance = _READ
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    format: str = "peft"
+    rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None
 
     def __getitem__(self, name: str) -> LazyUpdate:
@@ -199,3 +224,21 @@ class Adapter(Mapping[str, LazyUpdate]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed adapter>"
+
+    def reread(self, options: FormatOptions) -> Adapter:
+        """The adapter read again with these facts; itself where its meaning does not need them.
+
+        Raises:
+            InputError: its files, or the caller, say already what an option says. A base may
+                always be given.
+        """
+        given = {f.name for f in fields(options) if getattr(options, f.name) is not None}
+        again = self.rereading
+        if again is None or again.updates is not self.updates:
+            wanted: frozenset[str] = frozenset()
+        else:
+            wanted = again.options
+        if useless := sorted(given - wanted - {"base"}):
+            flag = f"--{useless[0].replace('_', '-')}"
+            raise InputError(f"{self.label}: says itself what {flag} would say: leave that out")
+        return again.read(options) if again is not None and given & wanted else self

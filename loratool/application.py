@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, LowRank, Replacement
+from loratool.adapter import Adapter
 from loratool.binding import Binding, BoundUpdate, bind
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import InputError, MismatchError, UsageError, raise_problems
 from loratool.linalg import is_finite, named_generator, same_values
+from loratool.updates import KIND_NAMES, Added, DoRA, Replacement, Rows, tensors_of
 
 if TYPE_CHECKING:
     import torch
 
-    from loratool.merging import ExactDelta, Survival
+    from loratool.deltas import Delta
+    from loratool.merging import Survival
     from loratool.reversal import WayBack
     from loratool.rounding import SumRounder
 
@@ -36,7 +38,7 @@ class Part:
         notes += [str(p) for p in self.binding.problems if p.severity == "warning"]
         if words := self.binding.alignment.describe():
             notes.append(f"{self.adapter.label}: {words} to get the base's")
-        whole = [b for b in self.binding.changed.values() if b.update.kind == "replacement"]
+        whole = [b for b in self.binding.changed.values() if b.update.is_whole]
         if whole and self.weight != 1:
             notes.append(
                 f"{self.adapter.label}: {len(whole)} tensors are replaced whole "
@@ -54,6 +56,13 @@ def bind_part(adapter: Adapter, weight: float, base: Checkpoint) -> Part:
     """
     if not math.isfinite(weight):
         raise UsageError(f"{adapter.label}: the weight must be finite, not {weight}")
+    fixed = [u for u in adapter.values() if not u.is_linear and not u.is_whole]
+    if fixed and weight != 1:
+        raise UsageError(
+            f"{adapter.label}: {fixed[0].name}: {KIND_NAMES[fixed[0].kind]}: this kind cannot be "
+            f"scaled, so the weight {weight:g} means nothing: merge it with 1, or make plain LoRA "
+            "of it first (loratool convert --to-lora)"
+        )
     binding = bind(adapter, base)
     raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
     return Part(adapter, weight, binding)
@@ -86,33 +95,56 @@ class Changes:
 
     Attributes:
         whole: what replaces it first, if anything.
-        updates: the low-rank updates added to it, with their adapters' weights.
+        rows: what replaces some of its rows, after that.
+        updates: what is added to it, with their adapters' weights.
     """
 
     whole: BoundUpdate | None = None
+    rows: tuple[BoundUpdate, ...] = ()
     updates: tuple[tuple[BoundUpdate, float], ...] = ()
 
-    def load_delta(self, beneath: LazyTensor) -> ExactDelta | None:
+    @property
+    def can_be_subtracted(self) -> bool:
+        """Whether the base comes back by subtracting the updates again, but for rounding."""
+        linear = all(bound.update.is_linear for bound, _ in self.updates)
+        return linear and self.whole is None and not self.rows
+
+    def load_delta(self, beneath: LazyTensor) -> Delta | None:
         """The sum of the updates, or None where there is nothing to add.
 
         Args:
             beneath: the tensor that they are added to.
 
         Raises:
-            InputError: NaN or Inf in a factor; or an adapter holds a copy of the tensor that it
+            InputError: NaN or Inf in an update; or an adapter holds a copy of the tensor that it
                 was trained on, and that is another one.
         """
-        from loratool.merging import exact_delta
+        from loratool.deltas import delta_of
 
-        parts = []
+        parts: list[tuple[Added, float]] = []
         for bound, weight in self.updates:
-            found = bound.update.load()
-            if isinstance(found, LowRank):
-                _require_finite(found, bound)
+            if (found := load_added(bound)) is not None:
                 _require_same_beneath(bound, beneath)
-                pair = (found.a.T, found.b.T) if bound.transposed else (found.b, found.a)
-                parts.append((*pair, weight * found.scale))
-        return exact_delta(parts) if parts else None
+                parts.append((found, weight))
+        if not parts:
+            return None
+        by_column = any(isinstance(u, DoRA) and u.axis for u, _ in parts)
+        return delta_of(parts, beneath.shape, beneath.read() if by_column else None)
+
+
+def load_added(bound: BoundUpdate) -> Added | None:
+    """What an update adds to its tensor, as the base stores it; None if nothing after all.
+
+    Raises:
+        InputError: NaN or Inf in it.
+    """
+    found = bound.update.load()
+    if found is None or isinstance(found, Rows | Replacement):
+        return None
+    for part, values in tensors_of(found):
+        if not is_finite(values):
+            raise _not_finite(bound, f"{part} holds")
+    return found.transposed() if bound.transposed else found
 
 
 def changes_of(name: str, parts: Sequence[Part]) -> Changes | None:
@@ -128,8 +160,10 @@ def changes_of(name: str, parts: Sequence[Part]) -> Changes | None:
     if len(whole) > 1:
         labels = " and ".join(part.adapter.label for _, part in whole)
         raise MismatchError(f"{name}: {labels} both replace it whole: merge one of them")
-    updates = tuple((b, p.weight) for b, p in found if b.update.kind == "low_rank")
-    return Changes(whole[0][0] if whole else None, updates)
+    rows = tuple(bound for bound, _ in found if bound.update.kind == "rows")
+    _require_different_rows(name, [part for bound, part in found if bound in rows], rows)
+    updates = tuple((b, p.weight) for b, p in found if not b.update.is_whole)
+    return Changes(whole[0][0] if whole else None, rows, updates)
 
 
 @dataclass
@@ -176,7 +210,7 @@ def apply_parts(
     Args:
         base: the base.
         parts: adapters bound to it, in any order.
-        dtype: of all float tensors, or None for the base's.
+        dtype: of all float tensors, or None for the types that the base is written in.
         rounding: how sums are rounded.
         reversible: whether each merge leaves its way back.
 
@@ -192,11 +226,13 @@ def apply_parts(
         if (change := changes_of(name, parts)) is None:
             continue
         changes[name] = change
-        target = dtype if dtype and is_float(tensor.dtype) else tensor.dtype
+        target = dtype if dtype and is_float(tensor.dtype) else base.written_dtype(name)
         start = tensor if change.whole is None else _replaced(change.whole, name, tensor)
+        if change.rows:
+            start = with_rows(start, change.rows)
         if change.updates:
             trace = traces[name] = Trace(Survival())
-            undo = reversible and change.whole is None
+            undo = reversible and change.can_be_subtracted
             tensors[name] = _updated(start, change, target, rounding, trace, undo)
         else:
             tensors[name] = _as_dtype(start, target)
@@ -225,9 +261,10 @@ def _updated(
         trace.survival.kept = trace.survival.wanted = 0.0
         delta = change.load_delta(tensor)
         weight = tensor.read()
-        witness = Reversal(dtype, tensor.shape) if undo else None
         if delta is not None:
-            rounder = rounding.rounder(dtype, tensor.name, tile_elements(weight))
+            columns = delta.shape[1]
+            witness = Reversal(dtype, tensor.shape, columns) if undo else None
+            rounder = rounding.rounder(dtype, tensor.name, tile_elements(delta.shape))
             yield from merged_blocks(weight, delta, dtype, trace.survival, name, rounder, witness)
             if witness is not None:
                 trace.way = witness.finish()
@@ -256,17 +293,61 @@ def _replaced(bound: BoundUpdate, name: str, before: LazyTensor | None) -> LazyT
     return lazy if before is None else _as_dtype(lazy, before.dtype)
 
 
+def with_rows(tensor: LazyTensor, bounds: Sequence[BoundUpdate]) -> LazyTensor:
+    """A table with some of its rows replaced, in its own type."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        import torch
+
+        from loratool.linalg import tiles
+        from loratool.rounding import TILE_ELEMENTS, rounded_blocks
+
+        new: dict[int, torch.Tensor] = {}
+        for bound in bounds:
+            found = bound.update.load()
+            if isinstance(found, Rows):
+                values = torch.cat(list(_finite_blocks(found.tensor, bound)))
+                rounded = rounded_blocks(values, tensor.dtype, f"{found.tensor.origin}: rows")
+                kept = torch.cat([block.flatten().clone() for block in rounded])
+                new |= dict(zip(found.indices, kept.view(values.shape), strict=True))
+        table = tensor.read()
+        for rows in tiles(table, TILE_ELEMENTS):
+            tile = table[rows]
+            inside = [row for row in new if rows.start <= row < rows.start + len(tile)]
+            if inside:
+                tile = tile.clone()
+            for row in inside:
+                tile[row - rows.start] = new[row]
+            yield tile
+
+    return LazyTensor(tensor.name, tensor.dtype, tensor.shape, blocks, tensor.origin)
+
+
+def _require_different_rows(
+    name: str, parts: Sequence[Part], bounds: Sequence[BoundUpdate]
+) -> None:
+    owners: dict[int, Part] = {}
+    for part, bound in zip(parts, bounds, strict=True):
+        for row in bound.update.rows:
+            if (other := owners.setdefault(row, part)) is not part:
+                raise MismatchError(
+                    f"{name}: {other.adapter.label} and {part.adapter.label} both replace row "
+                    f"{row}: merge one of them"
+                )
+
+
 def _added(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTensor:
     lazy = _replaced(bound, bound.tensor, None)
     return _as_dtype(lazy, dtype or _main_dtype(base) or lazy.dtype)
 
 
 def _main_dtype(base: Checkpoint) -> str | None:
-    """The float dtype that most of the base's elements have."""
+    """The float dtype that most of the base's elements are written in."""
     sizes: dict[str, int] = {}
-    for tensor in base.values():
+    for name, tensor in base.items():
         if is_float(tensor.dtype):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
+            dtype = base.written_dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.numel
     return max(sizes, key=lambda name: sizes[name]) if sizes else None
 
 
@@ -293,12 +374,6 @@ def _require_same_beneath(bound: BoundUpdate, base: LazyTensor) -> None:
             f"{copy.origin}: {copy.name}: the adapter's copy of the layer that its factors are "
             f"added to differs from {base.origin}: {base.name}; loratool cannot merge both"
         )
-
-
-def _require_finite(found: LowRank, bound: BoundUpdate) -> None:
-    for side, factor in (("A", found.a), ("B", found.b)):
-        if not is_finite(factor):
-            raise _not_finite(bound, f"lora_{side} holds")
 
 
 def _finite_blocks(tensor: LazyTensor, bound: BoundUpdate) -> Iterator[torch.Tensor]:

@@ -35,13 +35,19 @@ def is_hub_name(name: str) -> bool:
     return ref.path is None and ref.repo is not None
 
 
-def model_card(adapter: Adapter, outcome: Outcome) -> str:
+def model_card(adapter: Adapter, outcome: Outcome, library: str = "peft", usage: str = "") -> str:
     """README.md for an adapter: Hub metadata, what it is, how good it is, how to load it.
 
     Nothing in it depends on where files lie on this machine.
+
+    Args:
+        adapter: what was written.
+        outcome: what became of it.
+        library: the Hub's name of the library that loads it.
+        usage: Markdown that says how; PEFT's way if empty.
     """
     base = adapter.base_name if is_hub_name(adapter.base_name) else ""
-    header = ["---", "library_name: peft", "tags:", "- lora", "- loratool"]
+    header = ["---", f"library_name: {library}", "tags:", "- lora", "- loratool"]
     if base:
         header += [f"base_model: {base}", "base_model_relation: adapter"]
     header.append("---")
@@ -62,14 +68,20 @@ def model_card(adapter: Adapter, outcome: Outcome) -> str:
         "|---|---|---|---|",
         *_by_module(outcome),
         "",
+        *(usage.splitlines() if usage else _usage(adapter, base)),
+        "",
+    ]
+    return signed("\n".join(lines))
+
+
+def _usage(adapter: Adapter, base: str) -> list[str]:
+    return [
         "```python",
         "from peft import PeftModel",
         *_loading(adapter, base),
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
         "```",
-        "",
     ]
-    return signed("\n".join(lines))
 
 
 def _loading(adapter: Adapter, base: str) -> list[str]:

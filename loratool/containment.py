@@ -25,10 +25,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from loratool import plugins
-from loratool.adapter import Adapter, LowRank, Replacement
+from loratool.adapter import Adapter
 from loratool.application import Changes
 from loratool.binding import Binding, BoundUpdate
 from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.computed import judge_computed
 from loratool.counterpart import Counterpart, Counterparts, pair_up
 from loratool.engine import single_threaded_tasks
 from loratool.linalg import Workspace
@@ -46,8 +47,7 @@ from loratool.proof import (
 from loratool.replay import Names, Replay, Update
 from loratool.reports import Report, Table, counted, format_count, format_share, listed
 from loratool.tally import Tally
-
-Kind = Literal["low_rank", "replacement", "untouched"]
+from loratool.updates import Kind, LowRank, Replacement
 
 _STATUS: dict[Verdict, int] = {
     "applied": 0, "another strength": 1, "not applied": 1, "other changes": 1, "cannot be told": 3,
@@ -74,7 +74,7 @@ class Entry:
     """
 
     name: str
-    kind: Kind
+    kind: Kind | Literal["untouched"]
     finding: Finding | None
 
     @property
@@ -127,9 +127,12 @@ def _judge(expected: float, stochastic: bool = False) -> Callable[[Counterpart],
             return Entry(pair.name, "replacement", _judge_whole(pair.merged, base, found.tensor))
         if base is None:
             return Entry(pair.name, "untouched", None)
-        if bound is None or not isinstance(found, LowRank) or not base.numel:
+        if bound is None or found is None or not base.numel:
             return Entry(pair.name, "untouched", _judge_untouched(pair.merged, base))
         finding = _other_shape(pair.merged, base.shape)
+        if not isinstance(found, LowRank):
+            finding = finding or judge_computed(pair.merged, base, bound, expected)
+            return Entry(pair.name, found.kind, finding)
         if finding is None:
             replay = _replay(pair.merged, base, bound, found)
             finding = prove_update(replay, expected, stochastic)
@@ -143,7 +146,9 @@ def _replay(merged: LazyTensor, base: LazyTensor, bound: BoundUpdate, found: Low
         Changes(updates=((bound, 1.0),)).load_delta(base)  # refuses another layer than the base's
     b, a = (found.a.T, found.b.T) if bound.transposed else (found.b, found.a)
     update = Update(b, a, found.scale)
-    return Replay(base.read(), merged.read(), update, _WORKSPACE, _names(base, merged))
+    shape = (b.shape[0], a.shape[1])
+    before, after = base.read().view(shape), merged.read().view(shape)
+    return Replay(before, after, update, _WORKSPACE, _names(base, merged))
 
 
 def _names(base: LazyTensor, merged: LazyTensor) -> Names:
@@ -272,8 +277,9 @@ class _Outcome:
 
     @property
     def low_rank(self) -> list[Entry]:
-        """What the adapter changes by factors."""
-        return [entry for entry in self.entries if entry.kind == "low_rank"]
+        """What the adapter changes by factors or the like; not what it replaces whole."""
+        kinds = ("replacement", "untouched")
+        return [entry for entry in self.entries if entry.kind not in kinds]
 
     @property
     def changed(self) -> list[Entry]:

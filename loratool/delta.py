@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
 from loratool.digests import combine_digests
 from loratool.errors import InputError
@@ -24,6 +23,7 @@ from loratool.linalg import (
     tiles,
 )
 from loratool.lowrank import rounded_factors
+from loratool.updates import LowRank, Replacement
 
 
 class DeltaReader:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from loratool.adapter import LowRank
 from loratool.dtypes import torch_dtype
 from loratool.linalg import Certificate, Factorization, RankPolicy, Workspace
+from loratool.updates import LowRank
 
 # What fp64 rounding may do to an energy, as a share of the total.
 _FP64_SLACK = 1e-12

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loratool.adapter import LazyUpdate, LowRank, Replacement
+from loratool.adapter import LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.digests import TensorDigest
 from loratool.dtypes import is_float
 from loratool.linalg import is_finite, squared_norm, tiles
 from loratool.lowrank import singular_values, weighted
+from loratool.updates import LowRank, Replacement
 
 # Between these an fp32 sum of squares has neither lost small values nor overflowed.
 _SAFE = (1e-20, 1e30)

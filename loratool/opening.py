@@ -10,9 +10,10 @@ from typing import Any
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.errors import FormatError, InputError, PluginError
+from loratool.errors import FormatError, InputError, PluginError, UnsupportedError
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
+from loratool.quantized import dequantized
 from loratool.refs import Ref, could_be_remote, parse_ref, shown
 from loratool.reports import counted, listed
 
@@ -59,7 +60,7 @@ def store_of(ref: Ref) -> Any:
         InputError: none does.
     """
     broken: list[str] = []
-    for store in _usable("stores", broken):
+    for _, store in _usable("stores", broken):
         if store.holds(ref):
             return store
     hint = "; check the path, or write a name on the Hub as org/name"
@@ -69,14 +70,20 @@ def store_of(ref: Ref) -> Any:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Open a checkpoint by headers only.
+    """Open a checkpoint by headers only; a quantized one as the plain one that it stands for.
 
     Raises:
         InputError: nothing is there, or it cannot be read.
         FormatError: no format recognises it, its files contradict themselves, or hold nothing.
+        UnsupportedError: it is quantized in a way that cannot be read.
     """
+    return dequantized(_open_stored(source))
+
+
+def _open_stored(source: Source) -> Checkpoint:
+    """A checkpoint with its tensors as they are stored."""
     located = locate(source)
-    format = _detect("checkpoint_formats", located, "checkpoint")
+    _, format = _detect("checkpoint_formats", located, "checkpoint")
     checkpoint: Checkpoint = format.open(located.path)
     if not checkpoint:
         raise FormatError(f"{located.path}: holds no tensors; download it again")
@@ -92,15 +99,34 @@ def open_adapter(source: Source) -> Adapter:
         FormatError: no format recognises it.
     """
     located = locate(source)
-    adapter: Adapter = _detect("adapter_formats", located, "adapter").open(located.path)
+    name, format = _detect("adapter_formats", located, "adapter")
+    return _opened(format.open(located.path), located, name)
+
+
+def _opened(adapter: Adapter, located: Located, format: str) -> Adapter:
+    """An adapter as its format read it, with what belongs to the place where it lies."""
     notes = (*_notes(located.ref), *adapter.notes)
-    return replace(adapter, base_digests=_base_digests(located.path), notes=notes)
+    again = adapter.rereading
+    if again is not None:
+        read = again.read
+        again = replace(again, read=lambda options: _opened(read(options), located, format))
+    digests = _base_digests(located.path)
+    return replace(adapter, base_digests=digests, notes=notes, format=format, rereading=again)
 
 
 def open_any(source: Source) -> Adapter | Checkpoint:
-    """Open an adapter, or else a checkpoint; the errors of both."""
+    """Open an adapter, or else a checkpoint, to be looked at or sent; the errors of both.
+
+    A checkpoint that is quantized in a way that cannot be read comes as it is stored.
+    """
     located = locate(source)
-    return open_adapter(located) if is_adapter(located) else open_checkpoint(located)
+    if is_adapter(located):
+        return open_adapter(located)
+    stored = _open_stored(located)
+    try:
+        return dequantized(stored)
+    except UnsupportedError as error:
+        return replace(stored, notes=(*stored.notes, str(error)))
 
 
 def is_adapter(located: Located) -> bool:
@@ -117,7 +143,7 @@ def _notes(ref: Ref) -> tuple[str, ...]:
 def _base_digests(path: Path) -> Mapping[str, str]:
     """What the adapter's manifest, if it has one, says of the base's tensors."""
     file = path / MANIFEST
-    if not is_file(file):
+    if is_file(path) or not is_file(file):
         return {}
     base = read_json(file).get("base")
     digests = base.get("tensors") if isinstance(base, dict) else None
@@ -126,19 +152,62 @@ def _base_digests(path: Path) -> Mapping[str, str]:
     return {str(name): str(digest) for name, digest in digests.items()}
 
 
-def _detect(kind: str, located: Located, what: str) -> Any:
+def format_of(kind: str, path: Path) -> str | None:
+    """The name of the format that opens a path; None if none or several would."""
+    claims, _ = _claims(kind, path, [])
+    return next(iter(claims)) if len(claims) == 1 else None
+
+
+def _detect(kind: str, located: Located, what: str) -> tuple[str, Any]:
+    """The one format that a path is in, and its name.
+
+    Raises:
+        FormatError: there is none, or more than one.
+    """
     path = located.path
     broken: list[str] = []
-    for plugin in _usable(kind, broken):
-        if plugin.detect(path):
-            return plugin
+    claims, objections = _claims(kind, path, broken)
+    if len(claims) == 1:
+        return next(iter(claims.items()))
+    if claims:
+        raise FormatError(
+            f"{path}: could be of the formats {' and '.join(claims)}: keep the files of one of "
+            "them in a directory of their own"
+        )
+    tried = [f"{name}: {reason}" for name, reason in objections.items()]
     raise FormatError(
-        f"{path}: holds no {what} that loratool can read "
-        f"(tried: {', '.join(plugins.names(kind))}){_hint(located, what)}{_list(broken)}"
+        f"{path}: holds no {what} that loratool can read{_hint(located, what)}; tried:"
+        f"{_list(tried)}{_list(broken)}"
     )
 
 
-def _usable(kind: str, broken: list[str]) -> Iterator[Any]:
+def _claims(kind: str, path: Path, broken: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The formats that a path could be in, by name, without those that others refine; and why not.
+
+    Raises:
+        InputError: none could open it, and one cannot tell: a file cannot be read, or names
+            contradict each other.
+    """
+    claims: dict[str, Any] = {}
+    objections: dict[str, str] = {}
+    error: InputError | None = None
+    for name, plugin in _usable(kind, broken):
+        try:
+            reason = plugin.objection(path)
+        except InputError as found:
+            error = error or found
+            continue
+        if reason:
+            objections[name] = reason
+        else:
+            claims[name] = plugin
+    if error is not None and not claims:
+        raise error
+    coarser = {other for plugin in claims.values() for other in getattr(plugin, "refines", ())}
+    return {n: plugin for n, plugin in claims.items() if n not in coarser}, objections
+
+
+def _usable(kind: str, broken: list[str]) -> Iterator[tuple[str, Any]]:
     """The plugins of a kind; one that cannot be had is passed over, and told to `broken`."""
     for name in plugins.names(kind):
         try:
@@ -146,7 +215,7 @@ def _usable(kind: str, broken: list[str]) -> Iterator[Any]:
         except PluginError as error:
             broken.append(str(error))
             continue
-        yield plugin
+        yield name, plugin
 
 
 def _list(broken: list[str]) -> str:
@@ -177,6 +246,6 @@ def _adapters_inside(located: Located) -> list[str]:
 
 def _is_held(kind: str, path: Path) -> bool:
     try:
-        return any(plugin.detect(path) for plugin in _usable(kind, []))
+        return bool(_claims(kind, path, [])[0])
     except InputError:
         return False

@@ -26,13 +26,14 @@ from typing import (
     get_type_hints,
 )
 
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import Checkpoint
 from loratool.errors import PluginError, Problem, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
 from loratool.reports import Report
+from loratool.updates import Kind, LowRank, Update
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,8 @@ class Step(Protocol):
 
     Attributes:
         operands: its inputs, in the order of `run`'s parameters.
-        output: the default output directory, with operand names in braces; "" if it writes nothing.
+        output: the default output directory, with names of operands and of the step's attributes
+            in braces; "" if it writes nothing.
         has_tasks: (optional, True if absent) whether an executor runs its work.
         in_place: (optional, False if absent) whether it changes its first operand: its result has
             `apply(drain) -> Report`.
@@ -97,10 +99,21 @@ class Step(Protocol):
 
 
 class CheckpointFormat(Protocol):
-    """A way to store a model's tensors."""
+    """A way to store a model's tensors.
 
-    def detect(self, path: Path) -> bool:
-        """Whether the file or directory is in this format, by names and headers only."""
+    A format that opens checkpoints with `written_as` set to its own name also has
+    `write(checkpoint, folder, executor, progress)`, as `loratool.writer.write_checkpoint`.
+
+    Attributes:
+        refines: (optional, empty if absent) the formats whose files it recognises, too, and knows
+            more of: where both could open a path, this one does.
+    """
+
+    def objection(self, path: Path) -> str:
+        """Why the file or directory is not in this format, in a few words; "" if it is.
+
+        By names and headers only.
+        """
         ...
 
     def open(self, path: Path) -> Checkpoint:
@@ -109,14 +122,32 @@ class CheckpointFormat(Protocol):
 
 
 class AdapterFormat(Protocol):
-    """A way to store an adapter."""
+    """A way to store an adapter.
 
-    def detect(self, path: Path) -> bool:
-        """Whether the file or directory is in this format, by names and headers only."""
+    Attributes:
+        carries: the kinds of update that it can hold (`loratool.updates`).
+        refines: (optional) as of a `CheckpointFormat`.
+        namings: (optional, empty if absent) unresolved names (`Adapter.naming`) that it can write.
+        library: (optional, "peft" if absent) the Hub's name of the library that loads it.
+        usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
+            directory; PEFT's way if absent.
+    """
+
+    carries: ClassVar[frozenset[Kind]]
+
+    def objection(self, path: Path) -> str:
+        """Why the file or directory is not in this format, in a few words; "" if it is.
+
+        By names and headers only.
+        """
         ...
 
     def open(self, path: Path) -> Adapter:
         """Open it lazily, collecting what is wrong in `Adapter.problems`."""
+        ...
+
+    def refusals(self, adapter: Adapter) -> Iterable[Problem]:
+        """What of an adapter it cannot hold although it carries the kind; by headers only."""
         ...
 
     def write(

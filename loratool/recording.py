@@ -64,7 +64,7 @@ class Recorder:
     def how(self, name: str) -> str:
         """How a tensor of the base will come back: `BaseTensor.how`."""
         change = self.applied.changes.get(name)
-        if change is None or change.whole is not None:
+        if change is None or not change.can_be_subtracted:
             return "stored"
         return "residual" if change.updates else "same"
 
@@ -189,7 +189,7 @@ class Recording:
         found = {}
         for file in dict.fromkeys(base.shards.values()):
             tensors = {n: t for n, t in base.items() if base.shards[n] == file}
-            header = base.headers.get(file) or raw_header(tensors)
+            header = base.headers.get(file) or raw_header(base.as_stored(tensors))
             if header is not None:
                 found[file] = self._file(header)
         return found

@@ -25,8 +25,8 @@ import torch
 
 from loratool.dtypes import dtype_name, torch_dtype
 from loratool.errors import InputError
+from loratool.exact import ExactDelta, exact_delta
 from loratool.linalg import Workspace, is_finite, tiles
-from loratool.merging import ExactDelta, exact_delta
 from loratool.residual import bit_patterns
 from loratool.rounding import TILE_ELEMENTS, Nearest, round_to
 from loratool.tally import Look, Support, Tally, Way, dot

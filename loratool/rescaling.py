@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loratool.adapter import LazyUpdate, LowRank
+from loratool.adapter import LazyUpdate
 from loratool.budget import allocate
 from loratool.dtypes import itemsize
 from loratool.errors import InputError
@@ -27,6 +27,7 @@ from loratool.lowrank import (
     singular_values,
 )
 from loratool.reports import format_bytes
+from loratool.updates import LowRank
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loratool.deltas import Delta
 from loratool.digests import TensorDigest
 from loratool.dtypes import dtype_name
 from loratool.errors import FormatError
-from loratool.merging import ExactDelta, Subtraction, subtracted_tiles
+from loratool.merging import Subtraction, subtracted_tiles
 from loratool.residual import Decoder, Encoder, bit_patterns
 from loratool.rounding import TILE_ELEMENTS
 
@@ -36,8 +37,8 @@ class WayBack:
 class Reversal:
     """The witness of one tensor's merge: subtracts every tile again, and keeps what is missing."""
 
-    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
-        elements = max(TILE_ELEMENTS, shape[-1])
+    def __init__(self, dtype: str, shape: tuple[int, ...], columns: int) -> None:
+        elements = max(TILE_ELEMENTS, columns)
         self._subtraction = Subtraction(dtype, elements)
         self._encoder = Encoder(dtype, elements)
         self._base = TensorDigest(dtype, shape)
@@ -73,14 +74,12 @@ class NotReversible(Exception):
     """A merged tensor, its delta and its residual do not belong together."""
 
 
-def restored_blocks(
-    merged: torch.Tensor, delta: ExactDelta, way: WayBack
-) -> Iterator[torch.Tensor]:
+def restored_blocks(merged: torch.Tensor, delta: Delta, way: WayBack) -> Iterator[torch.Tensor]:
     """Yield the base's values tile by tile along axis 0, each in a buffer that is reused.
 
     Args:
-        merged: (rows, columns), the merged values, in the base's type.
-        delta: what was added; a product of the same shape.
+        merged: the merged values, in the base's type.
+        delta: what was added, as a matrix of as many elements.
         way: what the merge kept.
 
     Raises:
@@ -89,7 +88,7 @@ def restored_blocks(
     dtype = dtype_name(merged.dtype)
     found = TensorDigest(dtype, tuple(merged.shape))
     try:
-        elements = max(TILE_ELEMENTS, merged.shape[-1])
+        elements = max(TILE_ELEMENTS, delta.shape[1])
         decoder = Decoder(way.residual, dtype, merged.numel(), elements)
         for tile, restored in subtracted_tiles(merged, delta, dtype):
             decoder.restore(bit_patterns(tile), bit_patterns(restored))

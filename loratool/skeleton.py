@@ -99,6 +99,15 @@ def architecture_of(config: Mapping[str, Any] | None) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
+def is_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Whether this is the config of a diffusers model, or of a pipeline of several models.
+
+    Their two-dimensional weights are linear modules' but for embedding tables, which have telling
+    names, and none of them is needed by transformers.
+    """
+    return "_class_name" in (config or {})
+
+
 def build_skeleton(
     config: Mapping[str, Any] | None, shapes: Shapes, strict: bool = True
 ) -> Skeleton:
@@ -113,6 +122,8 @@ def build_skeleton(
     Raises:
         InputError: transformers does not know the class, or a tensor.
     """
+    if is_diffusers(config):
+        return Skeleton(_kinds_by_name(shapes, None))
     model_type = (config or {}).get("model_type")
     family = FAMILIES.get(str(model_type)) if model_type else family_of_names(shapes)
     if family is not None:
@@ -198,7 +209,7 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes, strict: bool =
 
 
 def _without_tags(value: Any) -> Any:
-    """A config's values: for infinity transformers writes {"__float__": "Infinity"}."""
+    """A config's values; transformers writes an infinity as {"__float__": "Infinity"}."""
     if isinstance(value, list):
         return [_without_tags(item) for item in value]
     if not isinstance(value, Mapping):
@@ -244,10 +255,15 @@ def complete_config(
         filled in.
 
     Raises:
-        UsageError: `architecture` names nothing that loratool or transformers knows.
+        UsageError: `architecture` names nothing that loratool or transformers knows, or is given
+            for a diffusers model.
     """
     if config is None and not architecture:
         return None, ()
+    if config is not None and is_diffusers(config):
+        if architecture:
+            raise UsageError(f"--architecture {architecture}: a diffusers model tells its class")
+        return dict(config), ()
     found, notes = dict(config or {}), []
     family = family_of_names(shapes)
     if architecture:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
 from loratool.errors import InputError
 from loratool.interference import Collector
@@ -17,6 +16,7 @@ from loratool.linalg import Factorizer, RankPolicy, is_finite, named_generator
 from loratool.lowrank import rounded_factors, weighted
 from loratool.plugins import Combiner
 from loratool.stack_plan import Share, different_replacements
+from loratool.updates import LowRank, Replacement
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.errors import InputError, MismatchError
 from loratool.kinship import require_distinct
 from loratool.reports import Report, Table, counted, format_share
+from loratool.updates import KIND_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +119,12 @@ def subtract(
     doubts: dict[str, Doubt] = {}
     for name, tensor in merged.items():
         changes = changes_of(name, parts) or Changes()
+        if fixed := [b.update for b, _ in changes.updates if not b.update.is_linear]:
+            raise MismatchError(
+                f"{merged.label}: {name}: {KIND_NAMES[fixed[0].kind]}: this kind changes the "
+                "base's own weights and cannot be subtracted; only a merge made with --reversible "
+                "brings the base back"
+            )
         if changes.updates:
             doubts[name] = Doubt()
             other = _counterpart(name, tensor, base)
@@ -132,6 +139,7 @@ def subtract(
         side_files=merged.side_files,
         shards=merged.shards,
         metadata=merged.metadata,
+        components=merged.components,
         notes=(*merged.notes, *_notes(parts)),
         doubts=doubts,
         taken=tuple(f"{part.adapter.label}={part.weight:g}" for part in parts),
@@ -155,7 +163,7 @@ def _notes(parts: Sequence[Part]) -> list[str]:
     notes = []
     for part in parts:
         changed = part.binding.changed.values()
-        whole = [bound.tensor for bound in changed if bound.update.kind == "replacement"]
+        whole = [bound.tensor for bound in changed if bound.update.is_whole]
         if whole:
             notes.append(
                 f"{part.adapter.label}: {counted(len(whole), 'tensor')} that it replaced whole "
@@ -176,8 +184,8 @@ def _subtracted(
         if delta is None:
             yield merged
             return
-        values = None if base is None else base.read()
-        drops = Drops(tensor.dtype, tile_elements(merged))
+        values = None if base is None else base.read().view(delta.shape)
+        drops = Drops(tensor.dtype, tile_elements(delta.shape))
         doubt.elements, doubt.one, doubt.more, doubt.farthest = merged.numel(), 0, 0, 0
         doubt.differing = None if values is None else 0
         row = 0

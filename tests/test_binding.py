@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from loratool.adapter import Adapter, LazyUpdate, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.updates import Update
 
 Shape = tuple[int, ...]
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

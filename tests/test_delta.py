@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from loratool.adapter import LowRank, Replacement
 from loratool.checkpoint import LazyTensor
 from loratool.delta import DeltaReader
 from loratool.dtypes import dtype_name
 from loratool.errors import InputError
 from loratool.linalg import RankPolicy
+from loratool.updates import LowRank, Replacement
 from loratool_plugins.factorizers.exact import Exact
 
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import loratool
-from loratool.adapter import LazyUpdate, LowRank
+from loratool.adapter import LazyUpdate
 from loratool.checkpoint import Checkpoint
 from loratool.digests import TensorDigest, combine_digests
 from loratool.dtypes import dtype_name
 from loratool.measures import measure, spectrum
 from loratool.reports import bar, format_count, listed, sparkline
 from loratool.safetensors_file import lazy_tensors, read_header
+from loratool.updates import LowRank
 from tests.adapters import PREFIX, Factors, config, factors, stored, write_adapter
 
 common = settings(derandomize=True, deadline=None, max_examples=60)

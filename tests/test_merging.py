@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
-from loratool.merging import Survival, exact_delta, merged_blocks
+from loratool.exact import exact_delta
+from loratool.merging import Survival, merged_blocks
 from loratool.rounding import round_to, rounded_blocks
 
 NARROW = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

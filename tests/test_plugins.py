@@ -183,7 +183,7 @@ def test_a_plugin_that_fails_to_import_is_reported_and_breaks_nothing_else(
 def test_what_no_plugin_can_open_names_the_broken_ones(install: Install, tmp_path: Path) -> None:
     declared = {"checkpoint_formats/odd": "bad:Odd", "stores/far": "bad:Far"}
     install("bad", "import no_such_module", declared)
-    with pytest.raises(FormatError, match=r"(?s)holds no checkpoint.*odd.*'odd' of bad"):
+    with pytest.raises(FormatError, match=r"(?s)holds no checkpoint.*tried:.*'odd' of bad"):
         open_checkpoint(tmp_path)
     with pytest.raises(InputError, match=r"(?s)no such file.*'far' of bad"):
         locate("far/far/away")

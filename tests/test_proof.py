@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from loratool.dtypes import dtype_name, torch_dtype
 from loratool.errors import InputError
+from loratool.exact import exact_delta
 from loratool.linalg import Workspace
-from loratool.merging import Survival, exact_delta, merged_blocks
+from loratool.merging import Survival, merged_blocks
 from loratool.proof import (
     COARSE,
     EVIDENCE,

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loratool
-from loratool.adapter import Adapter, LazyUpdate, LowRank
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.dtypes import dtype_name
 from loratool.errors import InputError, MismatchError, UsageError
 from loratool.linalg import RankPolicy
 from loratool.lowrank import balanced, compress, decompose, singular_values, weighted
 from loratool.steps.rescale import Rescale
+from loratool.updates import LowRank
 from tests.adapters import Factors, config, factors, stored, write_adapter
 
 common = settings(derandomize=True, deadline=None, max_examples=40)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from loratool.digests import TensorDigest
 from loratool.dtypes import torch_dtype
 from loratool.errors import FormatError
-from loratool.merging import Survival, exact_delta, merged_blocks
+from loratool.exact import exact_delta
+from loratool.merging import Survival, merged_blocks
 from loratool.residual import Decoder, Encoder, bit_patterns, distance
 from loratool.reversal import NotReversible, Reversal, WayBack, restored_blocks
 from loratool.rounding import Stochastic
@@ -50,7 +51,7 @@ def test_any_bit_patterns_come_back(dtype: str, seed: int, size: int, cut: int) 
 
 
 def merge(base: torch.Tensor, parts, dtype: str, rounder=None) -> tuple[torch.Tensor, WayBack]:
-    reversal = Reversal(dtype, tuple(base.shape))
+    reversal = Reversal(dtype, tuple(base.shape), base.shape[-1])
     delta = exact_delta(parts)
     blocks = merged_blocks(base, delta, dtype, Survival(), "w", rounder, reversal)
     return torch.cat([block.clone() for block in blocks]), reversal.finish()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loratool
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Replacement, Update
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.errors import InputError, MismatchError, UsageError
@@ -22,6 +22,7 @@ from loratool.kinship import require_distinct, require_same_base
 from loratool.opening import open_adapter
 from loratool.stack_plan import parse_layer_weight, short_names
 from loratool.steps.stack import Stack
+from loratool.updates import LowRank, Replacement, Update
 from tests.adapters import config, factors, stored, write_adapter
 
 law = settings(derandomize=True, deadline=None, max_examples=25)

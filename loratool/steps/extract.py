@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -15,15 +16,19 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
 from loratool.families import FAMILIES, is_buffer
+from loratool.files import file_content
 from loratool.in_memory import in_memory, pieces_by_tensor
+from loratool.json_files import parse_json
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
+from loratool.reports import listed
 from loratool.skeleton import (
     TASK_HEADS,
     Skeleton,
     architecture_of,
     build_skeleton,
     complete_config,
+    is_diffusers,
     is_in_task_head,
     is_known,
     task_type,
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from loratool.delta import DeltaReader
 
 _DEFAULT_RANK = 16
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # of a config
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class Extract:
             raise InputError("no tensor is left to extract: check --target and --exclude")
         return Adapter(
             updates,
-            model_files={} if self.lora_only else _model_files(plan),
-            model_config=None if self.lora_only else plan.config,
+            model_files={} if self.lora_only or plan.is_part else _model_files(plan),
+            model_config=None if self.lora_only or plan.is_part else plan.config,
             dropped=() if self.lora_only else plan.dropped,
             task_type=plan.task,
             base_name=self._base_name(base),
@@ -151,6 +157,11 @@ class _Plan:
         kinds: dict[str, str] = dict(self.skeleton.kinds)
         return kinds | dict.fromkeys(self.skeleton.unreachable, "other")
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the fine-tune is a pipeline or a part of one, whose files no adapter carries."""
+        return bool(self.base.components) or is_diffusers(self.config)
+
 
 def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
     config, config_notes = complete_config(
@@ -173,10 +184,13 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         if is_in_task_head(name, task) or _is_selected(step, name, name not in alignment.pairs)
     )
     paired = set(alignment.pairs.values())
+    components = {name.partition(".")[0] for name in paired} if base.components else set()
     gone = {
         name
         for name in base
-        if name not in paired and alignment.name_here(name) not in skeleton.tied
+        if name not in paired
+        and alignment.name_here(name) not in skeleton.tied
+        and (not components or name.partition(".")[0] in components)
     }
     dropped = tuple(
         tensor
@@ -184,6 +198,7 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         if all(name in gone for name, _ in users)
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
+    notes += _lost_settings(base, finetuned)
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -217,11 +232,37 @@ def _base_skeleton(
     base: Checkpoint, config: Mapping[str, Any] | None, skeleton: Skeleton
 ) -> Skeleton:
     """How the base lies on disk: by its own config.json, or else as the fine-tune's class."""
-    if config is None or skeleton.guessed or config.get("model_type") in FAMILIES:
+    if config is None or skeleton.guessed or is_diffusers(config):
         return skeleton  # as in memory
+    if config.get("model_type") in FAMILIES:
+        return skeleton
     found, _ = complete_config(base.config, _shapes(base), config)
     known = found if found and is_known(found) else config
     return build_skeleton(known, _shapes(base), strict=False)
+
+
+def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
+    """A note on the settings of a pipeline that differ: an adapter carries none of them."""
+    if not (base.components and finetuned.components):
+        return []
+    files = finetuned.side_files.items()
+    there = {name: source for name, source in files if name.endswith("config.json")}
+    lost = [
+        name
+        for name, source in there.items()
+        if name not in base.side_files
+        or _essence(source, name) != _essence(base.side_files[name], name)
+    ]
+    if not lost:
+        return []
+    return [
+        f"the adapter does not carry settings in which the fine-tune differs: {listed(lost, 4)}"
+    ]
+
+
+def _essence(source: Path | bytes, name: str) -> dict[str, Any]:
+    content = parse_json(file_content(source), name)
+    return {k: v for k, v in content.items() if not k.startswith("_") and k not in _VOLATILE}
 
 
 def _smaller_than(

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.errors import PluginError
+from loratool.opening import format_of
 from loratool.plugins import Operand, option
 from loratool.reports import Report
 
@@ -52,12 +51,4 @@ class Inspect:
 
 def _format(kind: str, path: Path | None) -> str | None:
     """The name of the plugin that opens a path; None for what was computed."""
-    if path is None:
-        return None
-    for name in plugins.names(kind):
-        try:
-            if plugins.create(kind, name).detect(path):
-                return name
-        except PluginError:
-            continue  # `loratool plugins` tells of it; another one opened the path
-    return None
+    return None if path is None else format_of(kind, path)

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate, LowRank, Provenance
+from loratool.adapter import Adapter, LazyUpdate, Provenance
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, itemsize, parse_float_dtype
@@ -26,6 +26,7 @@ from loratool.stack_plan import (
     parse_layer_weight,
     plan_stack,
 )
+from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     import torch

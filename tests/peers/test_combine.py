@@ -17,10 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import loratool
-from loratool.adapter import LowRank
 from loratool.errors import FormatError
 from loratool.linalg import named_generator
 from loratool.opening import open_adapter
+from loratool.updates import LowRank
 from loratool_plugins.combiners import _elementwise as elementwise
 from tests.models import RECIPES, Pair, build, distance, load, make_pair, outputs, tiny_config
 from tests.peers.peft_side import PREFIX, load_strictly, on_base

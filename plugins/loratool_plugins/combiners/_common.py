@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratool.adapter import LowRank
 from loratool.errors import InputError, UsageError
 from loratool.linalg import RankPolicy
+from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     from loratool.lowrank import Product

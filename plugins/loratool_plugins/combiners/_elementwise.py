@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from loratool.adapter import LowRank
 from loratool.linalg import Factorizer, RankPolicy, Workspace
 from loratool.lowrank import Product
+from loratool.updates import LowRank
 from loratool_plugins.combiners import _common as common
 
 _TILE_ELEMENTS = 1 << 18

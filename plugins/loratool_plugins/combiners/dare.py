@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.adapter import LowRank
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import option
+from loratool.updates import LowRank
 from loratool_plugins.combiners import _common as common
 from loratool_plugins.combiners.ties import SIGN_HELP, SIGNS
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.adapter import LowRank
 from loratool.linalg import Factorizer, RankPolicy
+from loratool.updates import LowRank
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import plugins
-from loratool.adapter import LowRank
 from loratool.errors import InputError, UsageError
 from loratool.linalg import RankPolicy
+from loratool.updates import LowRank
 from loratool_plugins.combiners import _elementwise as elementwise
 from loratool_plugins.factorizers.exact import Exact
 from tests.adapters import factors

@@ -21,13 +21,14 @@ import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
-from loratool.adapter import Adapter, LowRank
+from loratool.adapter import Adapter
 from loratool.card import signed
 from loratool.errors import InputError, LoratoolError, OutputError, UsageError
 from loratool.files import file_size, local, mirror_of, read_start
 from loratool.opening import open_adapter, open_checkpoint
 from loratool.publication import Publication, Published, Publishing
 from loratool.refs import parse_ref
+from loratool.updates import LowRank
 from loratool_plugins.stores import _fsspec_mirror
 from loratool_plugins.stores._fsspec_errors import reading, writing
 from loratool_plugins.stores._fsspec_place import connect, shown
