@@ -19,7 +19,7 @@ from diffusers.utils.state_dict_utils import (
 )
 
 from loratool.diffusion.adapter_keys import parse_key
-from loratool.diffusion.kohya import kohya_layout, kohya_modules
+from loratool.diffusion.kohya import kohya_layout, kohya_modules, kohya_spelling
 from loratool.diffusion.layouts import canonical_shapes, model_kind, single_file_modules
 from loratool.diffusion.links import Rows
 from tests import single_files
@@ -191,6 +191,21 @@ def test_flux_as_sd_scripts_writes_it() -> None:
     text = {k: v for k, v in fixed.items() if k.startswith("text_encoder.")}
     rest = {k: v for k, v in fixed.items() if k not in text}
     check(layout, rest | convert_all_state_dict_to_peft(text))
+
+
+def test_dotted_names_are_the_underscored_ones() -> None:
+    shapes = real_flux()
+    layout = of(targets(shapes, kohya_layout(shapes)), "lora_unet_")
+    dotted = {
+        f"diffusion_model.{name}": layout[f"lora_unet_{name.replace('.', '_')}"]
+        for name in single_file_modules(shapes)
+    }
+    assert {kohya_spelling(name): rows for name, rows in dotted.items()} == layout
+    blocks = {name: rows for name, rows in dotted.items() if "_blocks." in name}
+    check(blocks, _convert_kohya_flux_lora_to_diffusers(pairs(blocks)))
+    clip = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
+    assert kohya_spelling(clip) == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert kohya_spelling("lora_unet_img_in") == "lora_unet_img_in"
 
 
 def test_flux_under_the_names_of_diffusers() -> None:
