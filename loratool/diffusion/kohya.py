@@ -17,15 +17,16 @@ from loratool.diffusion.links import Rows, Shapes
 Targets = Mapping[str, tuple[Rows, ...]]
 
 _DENOISER = "lora_unet_"  # that of a transformer, too
+_LYCORIS = "lycoris_"  # lycoris names the one model that it wraps so, whichever it is
 # Component -> prefixes that it has been seen with, the one that sd-scripts writes first.
 _PREFIXES = {
-    "unet": (_DENOISER,),
-    "transformer": (_DENOISER, "lora_transformer_"),
-    "text_encoder": ("lora_te1_", "lora_te_"),
-    "text_encoder_2": ("lora_te2_",),
-    "text_encoder_3": ("lora_te3_",),
+    "unet": (_DENOISER, _LYCORIS),
+    "transformer": (_DENOISER, "lora_transformer_", _LYCORIS),
+    "text_encoder": ("lora_te1_", "lora_te_", _LYCORIS),
+    "text_encoder_2": ("lora_te2_", _LYCORIS),
+    "text_encoder_3": ("lora_te3_", _LYCORIS),
 }
-_T5_OF_FLUX = ("lora_te3_",)  # though it is the second text encoder
+_T5_OF_FLUX = ("lora_te3_", _LYCORIS)  # though it is the second text encoder
 # What dotted names of modules start with -> the prefix of underscored ones.
 _DOTTED = {
     "model.diffusion_model.": _DENOISER,
@@ -90,8 +91,9 @@ def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
     for whole in _modules(shapes):
         component, _, path = whole.module.partition(".")
         if whole.module not in covered and (prefixes := _prefixes(component, kind)):
-            old = component == "text_encoder" and kind in ("sd1", "sd2")
-            found[prefixes[-1 if old else 0] + _underscored(path)] = (whole,)
+            is_only_encoder = component == "text_encoder" and kind in ("sd1", "sd2")
+            prefix = "lora_te_" if is_only_encoder else prefixes[0]
+            found[prefix + _underscored(path)] = (whole,)
     return {name: rows for name, rows in found.items() if name not in ambiguous}
 
 

@@ -172,7 +172,10 @@ def test_opening_reads_headers_only(saved: Saved) -> None:
     subprocess.run([sys.executable, "-c", code, str(saved("sd1"))], check=True)
 
 
-def test_headers_of_a_folder_elsewhere_bring_no_weights(saved: Saved, tmp_path: Path) -> None:
+def test_headers_of_a_folder_elsewhere_bring_no_weights(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratool.files._mirrors", {})
     source, folder = saved("sd1"), tmp_path / "mirror"
     sizes = {name: (source / name).stat().st_size for name in files(source)}
     brought: list[str] = []
