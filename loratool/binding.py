@@ -17,9 +17,6 @@ from loratool.dtypes import is_float
 from loratool.errors import MismatchError, Problem
 from loratool.skeleton import Skeleton, build_skeleton
 
-# Companions of quantized weights in the common schemes.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
-
 
 @dataclass(frozen=True)
 class BoundUpdate:
@@ -110,9 +107,6 @@ def _fit(
     if not is_float(tensor.dtype):
         message = f"{target} is quantized or integer in the base: updates cannot be added to it"
         problems.append(Problem("error", update.name, message, "a float dtype", tensor.dtype))
-    if any(f"{target}{end}" in base for end in _SCALE_SUFFIXES):
-        message = f"{target} is stored with block scales: updates cannot be added to its codes"
-        problems.append(Problem("error", update.name, message))
     if target in skeleton.tied and skeleton.tied[target] in base:
         message = f"is tied to {skeleton.tied[target]} in the base: merging would change both"
         problems.append(Problem("error", update.name, message))

@@ -165,6 +165,7 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         if name not in paired and alignment.name_here(name) not in skeleton.tied
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
+    notes += [_quantization_note(model) for model in (base, finetuned) if model.quantized]
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -183,6 +184,14 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         base, finetuned, alignment, config, skeleton, task, dropped, buffers, selected,
         tuple(notes),
     )  # fmt: skip
+
+
+def _quantization_note(model: Checkpoint) -> str:
+    return (
+        f"{model.label}: is quantized: unless the other one was made from its values, the "
+        "difference contains its quantization error, which is no low-rank update and is captured "
+        "in part at best"
+    )
 
 
 def _smaller_than(
