@@ -359,7 +359,7 @@ def _facts(step: Convert, adapter: Adapter, converter: Converter | None) -> dict
     return {
         **adapter.facts(),
         **base_facts({**adapter.base_digests, **read}),
-        "options": {n: v for n, v in given.items() if v not in (None, False, "")},
+        "options": {n: v for n, v in given.items() if v is not None and v is not False and v != ""},
         "converted": {
             "from": adapter.format,
             "kinds": dict(Counter(u.kind for u in adapter.values())),
