@@ -50,6 +50,7 @@ class LazyUpdate:
         optional: whether it is left out where the base has no such tensor (IA3 scales biases
             where there are any).
         rows: which rows of a table are replaced.
+        embedding: whether it is for an embedding's table, which formats store in another way.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LazyUpdate:
     beneath: LazyTensor | None = None
     optional: bool = False
     rows: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def is_linear(self) -> bool:

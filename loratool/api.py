@@ -21,6 +21,7 @@ from loratool.engine import Drain, save_adapter, save_checkpoint
 from loratool.inplace import complete
 from loratool.opening import open_adapter, open_any, open_checkpoint
 from loratool.reports import Report
+from loratool.requantizing import RequantizedCheckpoint
 from loratool.restoring import RestoredCheckpoint
 from loratool.steps.convert import Convert
 from loratool.steps.export import Export, LazyExport
@@ -67,6 +68,11 @@ class _Saved(Checkpoint):
 @dataclass(frozen=True)
 class LazyModel(_Saved, MergedCheckpoint):
     """A merged checkpoint that is computed while it is saved."""
+
+
+@dataclass(frozen=True)
+class LazyRequantized(_Saved, RequantizedCheckpoint):
+    """A merged checkpoint in its base's scheme, computed while it is saved."""
 
 
 @dataclass(frozen=True)
@@ -171,26 +177,38 @@ def merge(
     seed: int = 0,
     reversible: bool = False,
     embed_adapter: bool = True,
-) -> LazyModel:
+    requantize: bool = False,
+    force: bool = False,
+) -> LazyModel | LazyRequantized:
     """The base with adapters worked into its weights, lazily.
 
     Args:
         base: the base model.
         adapters: (adapter, weight) pairs, in any order.
-        dtype: of the merged model: "bf16", ...; None for the base's.
+        dtype: of the merged model: "bf16", ...; None for the base's, and bf16 for what is
+            quantized there.
         max_shard_size: start a new file beyond this size ("5GB"); None for the base's files.
         architecture: model class or type, where config.json does not say.
         rounding: "nearest", or "stochastic".
         seed: of stochastic rounding.
         reversible: keep a record from which `unmerge` restores the base's bits.
         embed_adapter: keep the adapters themselves in it, not only their digests.
+        requantize: write a quantized base's tensors in its scheme again. Saving raises InputError
+            where the update drowns in the error of that,
+        force: unless this is set.
 
     Raises:
         InputError: a file cannot be read.
         MismatchError: an adapter does not fit the base; all complaints at once.
     """
-    step = Merge(dtype, max_shard_size, architecture, rounding, seed, reversible, embed_adapter)
-    return _as(LazyModel, step.run(_checkpoint(base), _weighted(adapters)))
+    step = Merge(
+        dtype, max_shard_size, architecture, rounding, seed, reversible, embed_adapter,
+        requantize, force,
+    )  # fmt: skip
+    found = step.run(_checkpoint(base), _weighted(adapters))
+    if isinstance(found, RequantizedCheckpoint):
+        return _as(LazyRequantized, found)
+    return _as(LazyModel, found)
 
 
 def unmerge(

@@ -210,7 +210,7 @@ def apply_parts(
     Args:
         base: the base.
         parts: adapters bound to it, in any order.
-        dtype: of all float tensors, or None for the base's.
+        dtype: of all float tensors, or None for the types that the base is written in.
         rounding: how sums are rounded.
         reversible: whether each merge leaves its way back.
 
@@ -226,7 +226,7 @@ def apply_parts(
         if (change := changes_of(name, parts)) is None:
             continue
         changes[name] = change
-        target = dtype if dtype and is_float(tensor.dtype) else tensor.dtype
+        target = dtype if dtype and is_float(tensor.dtype) else base.written_dtype(name)
         start = tensor if change.whole is None else _replaced(change.whole, name, tensor)
         if change.rows:
             start = with_rows(start, change.rows)
@@ -342,11 +342,12 @@ def _added(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTenso
 
 
 def _main_dtype(base: Checkpoint) -> str | None:
-    """The float dtype that most of the base's elements have."""
+    """The float dtype that most of the base's elements are written in."""
     sizes: dict[str, int] = {}
-    for tensor in base.values():
+    for name, tensor in base.items():
         if is_float(tensor.dtype):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
+            dtype = base.written_dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.numel
     return max(sizes, key=lambda name: sizes[name]) if sizes else None
 
 

@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.digests import TensorDigest
-from loratool.dtypes import itemsize
+from loratool.dtypes import itemsize, torch_dtype
 from loratool.files import named
 from loratool.reports import Report, counted, format_bytes
 
@@ -78,15 +77,16 @@ class LazyTensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
         if self.extent is not None:
             return next(self.blocks())
-        blocks = self.blocks()
-        first = next(blocks)
-        if first.numel() == self.numel:
-            return first.clone().view(self.shape)
-        whole, done = first.new_empty(self.numel), 0
-        for block in chain([first], blocks):
-            whole[done : done + block.numel()] = block.flatten()
+        import torch
+
+        whole = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        flat, done = whole.view(-1), 0
+        for block in self.blocks():
+            flat[done : done + block.numel()] = block.reshape(-1)
             done += block.numel()
-        return whole.view(self.shape)
+        if done != len(flat):
+            raise AssertionError(f"{self.name}: {done} values of {self.shape}")
+        return whole
 
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""
@@ -98,6 +98,46 @@ class LazyTensor:
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another name."""
         return replace(self, name=name)
+
+
+Parts = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor lies in a checkpoint that stores it otherwise than as its plain values.
+
+    Attributes:
+        pieces: part ("codes", "scales", ...) -> the stored tensor, under its stored name.
+        decode: the values, in consecutive blocks along axis 0, from the parts' contents.
+        encode: the parts' contents from all values, a tensor of the plain shape in fp32 or in the
+            type that `decode` gives; where a part is text, it may be padded with spaces.
+        sizes: the shapes of parts that `encode` makes larger than they are.
+        obstacle: why values cannot be encoded; "" if they can.
+    """
+
+    pieces: Mapping[str, LazyTensor]
+    decode: Callable[[Parts], Iterator[torch.Tensor]] = field(repr=False)
+    encode: Callable[[torch.Tensor], Parts] = field(repr=False)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    obstacle: str = ""
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The values as they are stored, decoded block by block."""
+        yield from self.decode({part: piece.read() for part, piece in self.pieces.items()})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as it lies on disk, where that is not what `Checkpoint.tensors` show.
+
+    Attributes:
+        checkpoint: the stored tensors under their stored names, and the files beside them.
+        forms: name -> how the tensor of that name is stored; the others are stored as they are.
+    """
+
+    checkpoint: Checkpoint
+    forms: Mapping[str, Form]
 
 
 @dataclass(frozen=True)
@@ -122,6 +162,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         components: of a model of several components, their names -> their parsed config.json, or
             None; tensors are called COMPONENT.NAME then, and each component's files lie in a folder
             of its name.
+        quantized: tensor -> the scheme that its values are stored in, in words ("GGUF Q4_1"). What
+            is read here are the dequantized values.
+        stored: how it lies on disk, if that is not as `tensors` show it.
+        written_as: the checkpoint format that it is written in.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -137,6 +181,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     record: Mapping[str, Path] = field(default_factory=dict, repr=False)
     components: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
+    stored: Stored | None = field(default=None, repr=False)
+    written_as: str = "safetensors"
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -162,6 +209,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
         if not self.components:
             return dict(tensors)
         return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+    def written_dtype(self, name: str) -> str:
+        """The type that a tensor is written in unless another is asked for.
+
+        Dequantized values have fp32's precision only because every product of a code and a scale
+        must be kept exactly; bf16 is what models are trained and served in.
+        """
+        return "BF16" if name in self.quantized else self.tensors[name].dtype
 
     def check(self, name: str, digest: str) -> None:
         """Raise InputError if a tensor is known to have another digest; here, none is."""

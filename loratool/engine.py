@@ -180,7 +180,11 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> Repor
                 done(name)
                 drain.progress(name, size)
 
-            write_checkpoint(checkpoint, folder, executor, progress)
+            if checkpoint.written_as == "safetensors":
+                write_checkpoint(checkpoint, folder, executor, progress)
+            else:
+                format = plugins.create("checkpoint_formats", checkpoint.written_as)
+                format.write(checkpoint, folder, executor, progress)
     return checkpoint.report(target)
 
 

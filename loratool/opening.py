@@ -10,9 +10,10 @@ from typing import Any
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.errors import FormatError, InputError, PluginError
+from loratool.errors import FormatError, InputError, PluginError, UnsupportedError
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
+from loratool.quantized import dequantized
 from loratool.refs import Ref, could_be_remote, parse_ref, shown
 from loratool.reports import counted, listed
 
@@ -69,12 +70,18 @@ def store_of(ref: Ref) -> Any:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Open a checkpoint by headers only.
+    """Open a checkpoint by headers only; a quantized one as the plain one that it stands for.
 
     Raises:
         InputError: nothing is there, or it cannot be read.
         FormatError: no format recognises it, its files contradict themselves, or hold nothing.
+        UnsupportedError: it is quantized in a way that cannot be read.
     """
+    return dequantized(_open_stored(source))
+
+
+def _open_stored(source: Source) -> Checkpoint:
+    """A checkpoint with its tensors as they are stored."""
     located = locate(source)
     _, format = _detect("checkpoint_formats", located, "checkpoint")
     checkpoint: Checkpoint = format.open(located.path)
@@ -108,9 +115,18 @@ def _opened(adapter: Adapter, located: Located, format: str) -> Adapter:
 
 
 def open_any(source: Source) -> Adapter | Checkpoint:
-    """Open an adapter, or else a checkpoint; the errors of both."""
+    """Open an adapter, or else a checkpoint, to be looked at or sent; the errors of both.
+
+    A checkpoint that is quantized in a way that cannot be read comes as it is stored.
+    """
     located = locate(source)
-    return open_adapter(located) if is_adapter(located) else open_checkpoint(located)
+    if is_adapter(located):
+        return open_adapter(located)
+    stored = _open_stored(located)
+    try:
+        return dequantized(stored)
+    except UnsupportedError as error:
+        return replace(stored, notes=(*stored.notes, str(error)))
 
 
 def is_adapter(located: Located) -> bool:

@@ -101,6 +101,9 @@ class Step(Protocol):
 class CheckpointFormat(Protocol):
     """A way to store a model's tensors.
 
+    A format that opens checkpoints with `written_as` set to its own name also has
+    `write(checkpoint, folder, executor, progress)`, as `loratool.writer.write_checkpoint`.
+
     Attributes:
         refines: (optional, empty if absent) the formats whose files it recognises, too, and knows
             more of: where both could open a path, this one does.

@@ -192,7 +192,7 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
 
 
 def _without_tags(value: Any) -> Any:
-    """A config's values; JSON has no infinity, and transformers writes {"__float__": "Infinity"}."""
+    """A config's values; transformers writes an infinity as {"__float__": "Infinity"}."""
     if isinstance(value, list):
         return [_without_tags(item) for item in value]
     if not isinstance(value, Mapping):

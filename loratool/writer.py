@@ -186,6 +186,26 @@ def write_safetensors(
             describe these tensors in this order.
     """
     header = header or build_header(((n, t.dtype, t.shape) for n, t in tensors.items()), metadata)
+    write_in_order(path, header, tensors, executor, progress)
+    _check_readable(path)
+
+
+def write_in_order(
+    path: Path,
+    header: bytes,
+    tensors: Mapping[str, LazyTensor],
+    executor: Executor,
+    progress: Callable[[str, int], None],
+) -> None:
+    """Write a file of a header and the bytes of tensors, one after the other, without gaps.
+
+    Args:
+        path: the file, which must not exist.
+        header: what it begins with.
+        tensors: what follows, in this order.
+        executor: runs one task a tensor.
+        progress: is told each tensor's name and bytes as it is done, in order.
+    """
     offsets = {}
     position = len(header)
     for name, tensor in tensors.items():
@@ -204,7 +224,6 @@ def write_safetensors(
             progress(name, tensors[name].nbytes)
     finally:
         os.close(handle)
-    _check_readable(path)
 
 
 def _write_tensor(handle: int, tensor: LazyTensor, offset: int) -> None:

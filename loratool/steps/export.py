@@ -81,7 +81,7 @@ class Export:
             )
         exporter: Exporter = plugins.create("exporters", self.exporter)
         merge = Merge(architecture=self.architecture)
-        merged = merge.run(base, adapters)
+        merged = merge.merged(base, adapters)
         if merged.config is None:
             raise InputError(f"{base.label}: has no config.json: name its class by --architecture")
         plain = in_class_of(merged, base, merge, adapters)
@@ -96,7 +96,9 @@ def in_class_of(
     adapters: Sequence[tuple[Adapter, float]],
 ) -> Checkpoint:
     """The base's weights in the merged model's class; what the base lacks, from the adapters."""
-    plain = merge.run(base, [(_without_factors(adapter), weight) for adapter, weight in adapters])
+    plain = merge.merged(
+        base, [(_without_factors(adapter), weight) for adapter, weight in adapters]
+    )
     return plain.with_config(merged.config) if merged.config is not None else plain
 
 

@@ -17,8 +17,8 @@ from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
 from loratool.families import is_buffer
 from loratool.files import file_content
-from loratool.json_files import parse_json
 from loratool.in_memory import in_memory, pieces_by_tensor
+from loratool.json_files import parse_json
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
 from loratool.reports import listed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from loratool.kinship import require_distinct
 from loratool.plugins import Operand, option
 from loratool.recording import Recorder
 from loratool.reports import Report, Table, counted, format_bytes, format_share
+from loratool.requantizing import RequantizedCheckpoint, requantized
 from loratool.shards import parse_size, plan_shards, safetensors_name
 from loratool.skeleton import complete_config, is_diffusers
 
@@ -142,34 +143,66 @@ class Merge:
     embed_adapter: bool = option(
         True, "keep the adapters themselves in the record, not only their digests"
     )
+    requantize: bool = option(
+        False, "write a quantized base's tensors in its scheme again, and say what that costs"
+    )
+    force: bool = option(False, "requantize even where the update drowns in the error of that")
 
     def __post_init__(self) -> None:
         if self.reversible and self.dtype is not None:
             raise UsageError("--reversible keeps the base's type: leave --dtype out")
         if not self.reversible and not self.embed_adapter:
             raise UsageError("--no-embed-adapter is about the record of a --reversible merge")
+        if self.force and not self.requantize:
+            raise UsageError("--force is about --requantize")
+        options = {
+            "--dtype": self.dtype, "--max-shard-size": self.max_shard_size,
+            "--reversible": self.reversible,
+        }  # fmt: skip
+        for name, value in options.items():
+            if self.requantize and value:
+                raise UsageError(f"--requantize keeps the base's own scheme: leave {name} out")
 
-    def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> MergedCheckpoint:
+    def run(
+        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+    ) -> MergedCheckpoint | RequantizedCheckpoint:
         """Bind every adapter and plan the merged tensors; nothing is computed yet.
 
+        Returns:
+            The merged model; with `requantize`, what is stored of it in the base's scheme.
+
         Raises:
-            MismatchError: an adapter does not fit, or is given twice; all complaints at once.
+            MismatchError: an adapter does not fit, or is given twice; all complaints at once; or
+                the scheme cannot be written.
             UsageError: an option's value makes no sense.
         """
+        if not self.requantize:
+            return self.merged(base, adapters)
+        parts = _bind(base, adapters)
+        # Quantized anew are the sums as they are, not rounded to anything in between.
+        applied = apply_parts(replace(base, quantized={}), parts, None, self._rounding, False)
+        return requantized(base, parts, applied, self.force)
+
+    def merged(
+        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+    ) -> MergedCheckpoint:
+        """The merged model in plain values; errors as `run`."""
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         limit = parse_size(self.max_shard_size) if self.max_shard_size else None
-        merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
-        require_distinct([adapter for adapter, _ in merged])
-        parts = [bind_part(adapter, weight, base) for adapter, weight in merged]
-        rounding = Rounding(self.rounding, self.seed)
-        applied = apply_parts(base, parts, dtype, rounding, self.reversible)
+        parts = _bind(base, adapters)
+        # What is to be restored keeps all bits of dequantized values.
+        source = replace(base, quantized={}) if self.reversible else base
+        applied = apply_parts(source, parts, dtype, self._rounding, self.reversible)
         renames = _renames(base, parts)
         tensors = {
             renames.get(name, name): tensor.renamed(renames.get(name, name))
             for name, tensor in applied.tensors.items()
         }
         shards = plan_shards(base, tensors, {new: old for old, new in renames.items()}, limit)
-        config, side_files, notes = self._model_files(base, parts, tensors, dtype)
+        written = dtype or ("BF16" if source.quantized else "F32" if base.quantized else None)
+        config, side_files, notes = self._model_files(base, parts, tensors, written)
+        if base.quantized:
+            notes = (*notes, _dequantized_note(base, written))
         recorder = None
         if self.reversible:
             options = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -190,6 +223,10 @@ class Merge:
             counts=_counts(parts),
             recorder=recorder,
         )
+
+    @property
+    def _rounding(self) -> Rounding:
+        return Rounding(self.rounding, self.seed)
 
     def _model_files(
         self,
@@ -249,6 +286,20 @@ def _with_dtype(
         return {}
     changed = {**config, **dict.fromkeys(stated, _CONFIG_DTYPES[dtype])}
     return {name: Checkpoint({}).with_config(changed).side_files["config.json"]}
+
+
+def _bind(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> list[Part]:
+    merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
+    require_distinct([adapter for adapter, _ in merged])
+    return [bind_part(adapter, weight, base) for adapter, weight in merged]
+
+
+def _dequantized_note(base: Checkpoint, dtype: str | None) -> str:
+    return (
+        f"{base.label}: the base is quantized: its {counted(len(base.quantized), 'tensor')} are "
+        f"written dequantized, as {dtype}, and config.json says nothing of quantization; "
+        "--requantize writes the base's scheme again"
+    )
 
 
 def _counts(parts: Sequence[Part]) -> dict[str, int]:

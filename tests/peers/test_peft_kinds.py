@@ -15,7 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import loratool
+from loratool.engine import Drain, save_adapter
 from loratool.errors import LoratoolError, UsageError
+from loratool.opening import open_adapter
 
 
 class Net(nn.Module):
@@ -72,7 +74,8 @@ CASES: Mapping[str, peft.PeftConfig] = {
     "loha, patterns": peft.LoHaConfig(
         r=3, alpha=5, target_modules=LINEAR, rank_pattern={"first": 2}, alpha_pattern={"square": 1}
     ),
-    "lokr": peft.LoKrConfig(r=2, alpha=5, target_modules=LYCORIS),
+    "lokr": peft.LoKrConfig(r=2, alpha=5, target_modules=["first", "square", "plane", "grouped"]),
+    "lokr of Conv1d": peft.LoKrConfig(r=2, alpha=5, target_modules=["line"]),
     "lokr, both in factors": peft.LoKrConfig(
         r=1, alpha=5, target_modules=LYCORIS, decompose_both=True
     ),
@@ -131,6 +134,36 @@ def test_a_merge_is_what_peft_merges(tmp_path: Path, name: str) -> None:
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
     assert any(not torch.equal(found[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lokr of Conv1d"])
+def test_what_is_written_again_is_the_same_to_peft(tmp_path: Path, name: str) -> None:
+    wanted = made(CASES[name], tmp_path)
+    merged = merge(tmp_path)
+    save_adapter(open_adapter(tmp_path / "adapter"), tmp_path / "again", Drain())
+    pairs = [(tmp_path / "again", 1.0)]
+    loratool.merge(tmp_path / "base.safetensors", pairs).save(tmp_path / "once more")
+    found = load_file(tmp_path / "once more" / "base.safetensors")
+    assert all(torch.equal(value, found[key]) for key, value in merged.items())
+    net = Net()
+    net.load_state_dict(load_file(tmp_path / "base.safetensors"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=UserWarning)
+        model = peft.PeftModel.from_pretrained(net, tmp_path / "again")
+        loaded = peft.load_peft_weights(tmp_path / "again")
+        result = peft.set_peft_model_state_dict(model, loaded)
+    missing = [key for key in result.missing_keys if is_of_adapter(key)]
+    assert not result.unexpected_keys and not missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = model.merge_and_unload().state_dict()
+    for key, value in wanted.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def is_of_adapter(key: str) -> bool:
+    words = ("lora", "hada", "lokr", "ia3", "trainable", "modules_to_save")
+    return any(word in key for word in words)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,12 +14,12 @@ from loratool.errors import FormatError, InputError, Problem
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
-from loratool.updates import Kind, LowRank, Replacement, Update
+from loratool.updates import Kind, Update
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats import peft_config
 from loratool_plugins.adapter_formats.peft_config import check_settings
-from loratool_plugins.adapter_formats.peft_layout import Layout, plan_layout
 from loratool_plugins.adapter_formats.peft_reader import PREFIX, Reader
+from loratool_plugins.adapter_formats.peft_writer import CARRIES, refusals, spool_all
 from loratool_plugins.checkpoint_formats.torch import load_lazily
 from loratool_plugins.executors.serial import Serial
 
@@ -36,7 +35,7 @@ _OURS = "loratool"  # key of the safetensors metadata for what PEFT's files cann
 class Peft:
     """LoRA as the peft package saves it."""
 
-    carries: ClassVar[frozenset[Kind]] = frozenset({"low_rank", "replacement"})
+    carries: ClassVar[frozenset[Kind]] = CARRIES
 
     def objection(self, path: Path) -> str:
         """Why it is no directory with PEFT's adapter_config.json."""
@@ -48,11 +47,13 @@ class Peft:
             settings = read_json(path / _CONFIG)
         except FormatError:
             return ""  # opening it says what is wrong with the file
+        if peft_config.is_of_adapters_library(settings):
+            return ""  # opening it says why it is not merged
         return "" if "peft_type" in settings else f"peft_type is missing in {_CONFIG}"
 
     def refusals(self, adapter: Adapter) -> Iterable[Problem]:
-        """Nothing: whatever of the kinds that it carries can be written."""
-        return ()
+        """What PEFT's settings, which hold for a whole adapter, cannot say."""
+        return refusals(adapter)
 
     def open(self, path: Path) -> Adapter:
         """Open it by its headers; what is wrong inside is collected.
@@ -104,17 +105,12 @@ class Peft:
         are known only at the end.
         """
         with Spool(folder) as spool:
-            factors: dict[str, LowRankEntry] = {}
-            replaced: set[str] = set()
-            for update, found in results:
-                if isinstance(found, LowRank):
-                    factors[update.name] = _spool_factors(spool, update, found, adapter.rslora)
-                elif isinstance(found, Replacement):
-                    replaced.add(update.name)
-            if not factors and not replaced:
+            plan = spool_all(adapter, results, spool)
+            if not plan.written and not plan.replaced:
                 return
-            layout = plan_layout(adapter, {n: e.rank for n, e in factors.items()}, replaced)
-            tensors = dict(_stored_tensors(adapter, layout, factors))
+            layout = plan.layout()
+            tensors = dict(plan.tensors(layout))
+            tensors |= {key: adapter.context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
                 tensors |= _placeholder(spool, adapter, layout.placeholder)
             extra = {
@@ -124,8 +120,7 @@ class Peft:
             }
             metadata = {"format": "pt", _OURS: json.dumps(extra, sort_keys=True)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
-        alphas = {name: entry.alpha for name, entry in factors.items() if name in layout.low_rank}
-        config = layout.config(adapter, alphas)
+        config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -167,44 +162,6 @@ def _short_targets(
         if "." not in str(target)
     }
     return {target: matching for target, matching in found.items() if matching}
-
-
-@dataclass(frozen=True)
-class LowRankEntry:
-    """Spooled factors."""
-
-    a: LazyTensor
-    b: LazyTensor
-    rank: int
-    alpha: float
-
-
-def _spool_factors(spool: Spool, update: LazyUpdate, found: LowRank, rslora: bool) -> LowRankEntry:
-    module = PREFIX + update.name.removesuffix(".weight")
-    a = spool.add(f"{module}.lora_A.weight", found.a)
-    b = spool.add(f"{module}.lora_B.weight", found.b)
-    divisor = math.sqrt(found.rank) if rslora else float(found.rank)
-    return LowRankEntry(a, b, found.rank, _alpha(found.scale, divisor))
-
-
-def _alpha(scale: float, divisor: float) -> float:
-    """The alpha that gives exactly this scale when divided again, where a double can."""
-    alpha = scale * divisor
-    neighbours = (alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
-    return next((value for value in neighbours if value / divisor == scale), alpha)
-
-
-def _stored_tensors(
-    adapter: Adapter, layout: Layout, factors: Mapping[str, LowRankEntry]
-) -> Iterator[tuple[str, LazyTensor]]:
-    for name in layout.low_rank:
-        entry = factors[name]
-        yield entry.a.name, entry.a
-        yield entry.b.name, entry.b
-        if (beneath := adapter[name].beneath) is not None:
-            yield f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight", beneath
-    for key, name in layout.whole.items():
-        yield key, adapter.context[name]
 
 
 def _placeholder(spool: Spool, adapter: Adapter, name: str) -> dict[str, LazyTensor]:

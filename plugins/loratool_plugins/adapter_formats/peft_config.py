@@ -123,13 +123,18 @@ def matches_module(pattern: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
+def is_of_adapters_library(values: Mapping[str, Any]) -> bool:
+    """Whether it is a file of the same name by the adapters library."""
+    return "peft_type" not in values and {"config", "model_name"} <= values.keys()
+
+
 def check_settings(path: Path, values: Mapping[str, Any]) -> Settings:
     """Refuse by name what loratool does not merge.
 
     Raises:
         FormatError: such a method or setting, or a malformed one.
     """
-    if "peft_type" not in values and ("config" in values or "architecture" in values):
+    if is_of_adapters_library(values):
         raise FormatError(
             f"{path}: is a bottleneck adapter of the adapters library: it adds layers with a "
             "nonlinearity between the model's own, which no weight of the model can hold"

@@ -201,7 +201,7 @@ class Reader:
         if self.settings["fan_in_fan_out"] and not embedding:
             update = replace(update, transposed=True)
         elif embedding:
-            update = replace(update, transposed=False)
+            update = replace(update, transposed=False, embedding=True)
         return [update, *self._lora_bias(module, parts.get("lora_B.bias"), shape[0], scale)]
 
     def _check_rank(self, module: str, a: LazyTensor, b: LazyTensor, rank: int) -> bool:
@@ -245,7 +245,7 @@ class Reader:
             for target in self.settings["target_parameters"] or ()
             if f".{bare}".endswith("." + str(target).rpartition(".")[0]) or "." not in str(target)
         ]
-        names = sorted(dict.fromkeys(inside), key=_usual_order)
+        names = sorted(dict.fromkeys(inside), key=usual_order)
         depth = module.count(".base_layer")
         if not names or depth >= len(names):
             return None
@@ -399,7 +399,7 @@ class Reader:
         )
 
 
-def _usual_order(name: str) -> int:
+def usual_order(name: str) -> int:
     """The order of the parameters in transformers' expert modules."""
     return 1 if name.startswith("down") else 0
 

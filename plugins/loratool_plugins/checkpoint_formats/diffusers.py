@@ -1,8 +1,7 @@
 """Diffusers folders: a model of several components, each in a folder of its name, or one of them.
 
 A tensor is called COMPONENT.NAME, as diffusers' LoRA files call it; one component alone keeps its
-own names. Its name comes first among the formats' names, so that a folder which holds a single-file
-checkpoint, too, is opened as what model_index.json says.
+own names.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loratool.checkpoint import MODEL_INDEX, Checkpoint, LazyTensor
 from loratool.errors import FormatError, InputError
@@ -31,13 +30,19 @@ _SETTINGS = re.compile(r".*(Scheduler|Tokenizer\w*|Processor\w*|Extractor\w*)")
 class Diffusers:
     """A folder with a model_index.json, or with one diffusers model; opening reads headers only."""
 
-    def detect(self, path: Path) -> bool:
-        """Whether there is a model_index.json, or weights as diffusers calls them."""
+    # A folder may hold a single-file checkpoint, too.
+    refines: ClassVar[frozenset[str]] = frozenset({"safetensors", "torch"})
+
+    def objection(self, path: Path) -> str:
+        """Why there is neither a model_index.json nor weights as diffusers calls them."""
+        if is_file(path):
+            return "a file, not a directory"
         if is_file(path / MODEL_INDEX):
-            return True
-        return is_dir(path) and any(
+            return ""
+        named = is_dir(path) and any(
             file.name.startswith(_STEM) and file.suffix in _SUFFIXES for file in entries(path)
         )
+        return "" if named else f"no {MODEL_INDEX}, no {_STEM}*"
 
     def open(self, path: Path) -> Checkpoint:
         """Open it by its headers.
