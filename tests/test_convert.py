@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loratool
+from loratool import plugins
 from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import dtype_name
@@ -113,6 +114,14 @@ def low_rank(
 def error_of(found: LowRank, wanted: torch.Tensor) -> float:
     norm = float(wanted.norm())
     return float((some.delta(found, ()) - wanted).norm()) / norm if norm else 0.0
+
+
+@pytest.fixture
+def factors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format "peft" carries low-rank updates and whole tensors alone."""
+    format = plugins.load("adapter_formats", "peft")
+    monkeypatch.setattr(format, "carries", frozenset({"low_rank", "replacement"}))
+    monkeypatch.setattr(format, "refusals", lambda self, adapter: ())
 
 
 # ---- laws of --to-lora
@@ -285,6 +294,7 @@ def test_what_depends_on_the_base_is_refused_without_it_in_one_message() -> None
         assert word in str(caught.value)
 
 
+@pytest.mark.usefixtures("factors_only")
 def test_dora_and_ia3_become_low_rank_updates_of_the_base_given() -> None:
     adapter, base = with_base()
     result = to_lora(adapter, base, rank=9, drop=True)
@@ -302,28 +312,26 @@ def test_dora_and_ia3_become_low_rank_updates_of_the_base_given() -> None:
     assert facts["base"]["tensors"]["dora.weight"] == base["dora.weight"].digest()
 
 
-def test_a_scaled_bias_becomes_a_difference_where_the_format_has_one() -> None:
+@pytest.mark.usefixtures("factors_only")
+def test_a_scaled_bias_of_a_format_without_biases_is_refused() -> None:
     adapter, base = with_base()
     with pytest.raises(MismatchError) as caught:
         to_lora(adapter, base)
     assert "ia3.bias: the format has no full-size delta" in str(caught.value)
     assert "--drop" in str(caught.value) and "--to-lora" not in str(caught.value)
     assert "gone.bias" not in str(caught.value)
-    found = loaded(_carrying("dense", adapter, base))["ia3.bias"]
+
+
+def test_a_scaled_bias_becomes_a_difference() -> None:
+    adapter, base = with_base()
+    adapter = replace(adapter, updates={n: u for n, u in adapter.items() if n != "dora.weight"})
+    found = loaded(to_lora(adapter, base))["ia3.bias"]
     assert isinstance(found, Dense) and found.values.dtype == torch.float32
     bias, factors = base["ia3.bias"].read(), relative()["ia3.bias"][0].factors  # type: ignore[union-attr]
     torch.testing.assert_close(bias + found.values * found.scale, bias * factors)
 
 
-def _carrying(kind: str, adapter: Adapter, base: Checkpoint) -> Adapter:
-    from loratool import plugins
-
-    format = plugins.load("adapter_formats", "peft")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(format, "carries", format.carries | {kind})
-        return to_lora(adapter, base)
-
-
+@pytest.mark.usefixtures("factors_only")
 def test_nan_in_the_base_is_named() -> None:
     adapter, base = with_base()
     broken = base["dora.weight"].read()
@@ -388,6 +396,7 @@ def test_without_to_lora_updates_pass_through_as_they_are() -> None:
     assert "no value was changed" in result.provenance.lines()
 
 
+@pytest.mark.usefixtures("factors_only")
 def test_what_the_format_cannot_carry_is_listed_by_kind_with_what_helps() -> None:
     with pytest.raises(MismatchError) as caught:
         Convert(format="peft").run(adapter_of(every_kind()))
@@ -401,6 +410,7 @@ def test_what_the_format_cannot_carry_is_listed_by_kind_with_what_helps() -> Non
     assert "experts.gate: the format has no low-rank update of experts" in said
 
 
+@pytest.mark.usefixtures("factors_only")
 def test_drop_leaves_out_what_the_format_cannot_carry_and_says_so() -> None:
     result = Convert(format="peft", drop=True).run(adapter_of(every_kind()))
     assert list(result) == ["low.weight", "head.weight"]
@@ -413,6 +423,7 @@ def test_drop_leaves_out_what_the_format_cannot_carry_and_says_so() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("factors_only")
 def test_dropping_everything_is_refused() -> None:
     adapter = adapter_of({"dense.bias": every_kind()["dense.bias"]})
     with pytest.raises(InputError, match="nothing is left"):
