@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import ConvNextConfig, ConvNextForImageClassification
 
 import loratool
+from loratool.adapter import Adapter, LazyUpdate
+from loratool.updates import LoHa
+from tests import updates as some
 from tests.peers.test_peft_kinds import CASES, LYCORIS, Net, lora, made
 
 FULL = 24  # at least the rank of every weight of the net
@@ -107,3 +111,14 @@ def test_biases_that_peft_cannot_hold_beside_others_are_left_out_if_asked(tmp_pa
     for key, value in wanted.items():
         is_bias = key.endswith(".bias")
         torch.testing.assert_close(found[key], start[key] if is_bias else value, msg=key)
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path: Path) -> None:
+    config = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=2)
+    torch.manual_seed(0)
+    ConvNextForImageClassification(config).save_pretrained(tmp_path / "base")
+    name = "convnext.encoder.stages.0.layers.0.dwconv.weight"
+    update = LoHa(some.product(1, 8, 1, 49), some.product(2, 8, 1, 49))
+    lazy = LazyUpdate(name, "loha", (8, 49), "F64", lambda: update)
+    with pytest.raises(loratool.LoratoolError, match=r"dwconv\.weight: .* 8 groups"):
+        loratool.convert(Adapter({name: lazy}), tmp_path / "base", to_lora=True)
