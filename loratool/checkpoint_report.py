@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool import plugins
 from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.diffusion.layouts import canonical_shapes, model_kind
 from loratool.digests import combine_digests
 from loratool.files import file_size, is_file
 from loratool.record import read_record
@@ -51,6 +52,7 @@ def checkpoint_report(
         "format": format_name,
         **_config_facts(checkpoint.config or {}),
         "components": _component_facts(checkpoint),
+        "diffusion": _diffusion_kind(checkpoint),
         "counts": {"tensors": len(tensors), "files": len(set(checkpoint.shards.values()))},
         "parameters": sum(tensor.numel for tensor in checkpoint.values()),
         "bytes": checkpoint.nbytes,
@@ -124,6 +126,11 @@ def _component_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _diffusion_kind(checkpoint: Checkpoint) -> str | None:
+    shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
+    return model_kind(canonical_shapes(shapes, checkpoint.components))
+
+
 def _file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Weight file -> bytes of its tensors."""
     sizes: Counter[str] = Counter()
@@ -181,6 +188,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"format: {data['format']}, {counted(counts['files'], 'file')} ({files})"
     known = [data["architecture"], data["model_type"]]
     yield f"architecture: {', '.join(filter(None, known)) or 'config.json does not say'}"
+    if data["diffusion"]:
+        yield f"diffusion model of the kind {data['diffusion']}"
     for name, facts in data["components"].items():
         yield (
             f"component {name}: {facts['architecture'] or 'its config.json does not say'}, "
