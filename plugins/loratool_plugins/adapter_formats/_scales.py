@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from loratool.linalg import is_finite
 if TYPE_CHECKING:
     import torch
 
-# Types that B may be widened to for the product to be exact, and their bits of precision.
+# What formats may store factors as; products are widened to the last types only.
+TORCH_TYPES = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
+RUNTIME_TYPES = ("F16", "BF16", "F32")  # of MLX and llama.cpp
 _PRECISION = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}
-_WIDER = ("F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -33,29 +34,29 @@ class Folded:
     exact: bool
 
 
-def fold(b: torch.Tensor, factor: float, widest: str) -> Folded:
-    """Work a factor into B.
+def fold(b: torch.Tensor, factor: float, types: Sequence[str]) -> Folded:
+    """Work a factor into B, or another number than 1 into nothing: B in a type that there is.
 
     Args:
         b: (..., r), of a float type.
         factor: what to multiply by; finite.
-        widest: safetensors name of the widest type that the format has: "F32" or "F64".
+        types: safetensors names of the types that the format has, the widest last.
 
     Returns:
-        The product; in `widest`, rounded, where no type holds it exactly.
+        The product; in the widest type, rounded, where none holds it exactly.
     """
     import torch
 
     name = dtype_name(b.dtype)
-    allowed = (name, *_WIDER[: _WIDER.index(widest) + 1])
-    candidates = [n for n in allowed if _PRECISION[name] <= _PRECISION[n] <= _PRECISION[widest]]
+    if factor == 1 and name in types:
+        return Folded(b, True)
     product = b.double() * factor
     known = _bits(factor) + _PRECISION[name] <= _PRECISION["F64"]  # or else it is rounded already
-    for candidate in candidates:
+    for candidate in (name, "F32", "F64"):
         values = product.to(torch_dtype(candidate))
-        if torch.equal(values.double(), product):
+        if candidate in types and torch.equal(values.double(), product):
             return Folded(values, known)
-    return Folded(product.to(torch_dtype(widest)), False)
+    return Folded(product.to(torch_dtype(types[-1])), False)
 
 
 def unfold(b: torch.Tensor, factor: float, dtype: str) -> torch.Tensor:

@@ -24,7 +24,7 @@ from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import Kind, LowRank, Replacement, Update
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import _keys, _ours
-from loratool_plugins.adapter_formats._scales import alpha_of, fold, require_finite
+from loratool_plugins.adapter_formats._scales import TORCH_TYPES, alpha_of, fold, require_finite
 from loratool_plugins.adapter_formats.loralib_layout import DEFAULT_ALPHA, Facts, Reader
 from loratool_plugins.checkpoint_formats.torch import load_with_metadata
 
@@ -104,7 +104,7 @@ model.load_state_dict(torch.load("ADAPTER/{FILE}", weights_only=True), strict=Fa
                     tables.append(module)
                     found = found.transposed()
                 alpha = alpha_of(found.scale, found.rank)
-                folded = fold(found.b, alpha, "F64")
+                folded = fold(found.b, alpha, TORCH_TYPES)
                 if alpha != DEFAULT_ALPHA:
                     folds[module] = alpha, spool.add(module, found.b).dtype
                 if not folded.exact:
