@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratool.api import (
+        convert,
         export,
         extract,
         inspect,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoratoolError",
+    "convert",
     "export",
     "extract",
     "inspect",

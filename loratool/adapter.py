@@ -50,6 +50,7 @@ class LazyUpdate:
         optional: whether it is left out where the base has no such tensor (IA3 scales biases
             where there are any).
         rows: which rows of a table are replaced.
+        embedding: whether it is for an embedding's table, which formats store in another way.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LazyUpdate:
     beneath: LazyTensor | None = None
     optional: bool = False
     rows: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -90,6 +92,7 @@ class Provenance:
         done: "Extracted", when it is done.
         sentence: the model card's first sentence.
         lines: more lines for the report; called after draining.
+        sources: update -> what it was made of, for the table ("LoHa update").
         skipped: what an update without anything to write is: "unchanged".
         nothing: the error if there is nothing to write at all.
         lost: ||delta||_F^2 of updates that are left out; called after draining.
@@ -99,6 +102,7 @@ class Provenance:
     done: str
     sentence: str
     lines: Callable[[], tuple[str, ...]] = tuple
+    sources: Mapping[str, str] = field(default_factory=dict)
     skipped: str = "unchanged"
     nothing: str = "base and fine-tune are identical: there is nothing to extract"
     lost: Callable[[], float] = float
@@ -173,6 +177,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         base_digests: base tensor -> its digest, where the adapter's manifest tells it.
         files: the files that it was read from: name relative to `path` -> where; of an adapter
             that is one file, that file's name.
+        format: the adapter format that it is written in where no other is asked for: the one that
+            it was read in.
         rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
@@ -201,6 +207,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     files: Mapping[str, Path] = field(default_factory=dict, repr=False)
     provenance: Provenance = _READ
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None
 

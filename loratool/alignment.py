@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loratool.errors import MismatchError, UsageError
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...] | None]  # None: not known
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,11 @@ def _tails(name: str) -> list[str]:
 
 def _matching(pairs: Mapping[str, str], here: Shapes, there: Shapes) -> int:
     # Either way round: an update does not always say whether its weight is stored transposed.
-    return sum(sorted(here[name]) == sorted(there[other]) for name, other in pairs.items())
+    return sum(_may_be_equal(here[name], there[other]) for name, other in pairs.items())
+
+
+def _may_be_equal(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:
+    return one is None or other is None or sorted(one) == sorted(other)
 
 
 def _ambiguous(

@@ -21,7 +21,9 @@ from loratool.engine import Drain, save_adapter, save_checkpoint
 from loratool.inplace import complete
 from loratool.opening import open_adapter, open_any, open_checkpoint
 from loratool.reports import Report
+from loratool.requantizing import RequantizedCheckpoint
 from loratool.restoring import RestoredCheckpoint
+from loratool.steps.convert import Convert
 from loratool.steps.export import Export, LazyExport
 from loratool.steps.extract import Extract
 from loratool.steps.inspect import Inspect
@@ -49,7 +51,7 @@ class LazyAdapter(Adapter):
         *,
         overwrite: bool = False,
         executor: str = "threads",
-        format: str = "peft",
+        format: str | None = None,
     ) -> Report:
         """Compute and write it; see `loratool.engine.save_adapter` for the errors."""
         return save_adapter(self, Path(path), Drain(executor, overwrite), format)
@@ -66,6 +68,11 @@ class _Saved(Checkpoint):
 @dataclass(frozen=True)
 class LazyModel(_Saved, MergedCheckpoint):
     """A merged checkpoint that is computed while it is saved."""
+
+
+@dataclass(frozen=True)
+class LazyRequantized(_Saved, RequantizedCheckpoint):
+    """A merged checkpoint in its base's scheme, computed while it is saved."""
 
 
 @dataclass(frozen=True)
@@ -170,26 +177,38 @@ def merge(
     seed: int = 0,
     reversible: bool = False,
     embed_adapter: bool = True,
-) -> LazyModel:
+    requantize: bool = False,
+    force: bool = False,
+) -> LazyModel | LazyRequantized:
     """The base with adapters worked into its weights, lazily.
 
     Args:
         base: the base model.
         adapters: (adapter, weight) pairs, in any order.
-        dtype: of the merged model: "bf16", ...; None for the base's.
+        dtype: of the merged model: "bf16", ...; None for the base's, and bf16 for what is
+            quantized there.
         max_shard_size: start a new file beyond this size ("5GB"); None for the base's files.
         architecture: model class or type, where config.json does not say.
         rounding: "nearest", or "stochastic".
         seed: of stochastic rounding.
         reversible: keep a record from which `unmerge` restores the base's bits.
         embed_adapter: keep the adapters themselves in it, not only their digests.
+        requantize: write a quantized base's tensors in its scheme again. Saving raises InputError
+            where the update drowns in the error of that,
+        force: unless this is set.
 
     Raises:
         InputError: a file cannot be read.
         MismatchError: an adapter does not fit the base; all complaints at once.
     """
-    step = Merge(dtype, max_shard_size, architecture, rounding, seed, reversible, embed_adapter)
-    return _as(LazyModel, step.run(_checkpoint(base), _weighted(adapters)))
+    step = Merge(
+        dtype, max_shard_size, architecture, rounding, seed, reversible, embed_adapter,
+        requantize, force,
+    )  # fmt: skip
+    found = step.run(_checkpoint(base), _weighted(adapters))
+    if isinstance(found, RequantizedCheckpoint):
+        return _as(LazyRequantized, found)
+    return _as(LazyModel, found)
 
 
 def unmerge(
@@ -281,6 +300,59 @@ def rescale(
     """
     step = Rescale(by, alpha, keep_delta, rank, energy, ratio, budget, normalize, balance, dtype)
     return _as(LazyAdapter, step.run(_adapter(adapter)))
+
+
+def convert(
+    adapter: AdapterLike,
+    base: CheckpointLike | None = None,
+    *,
+    format: str | None = None,
+    to_lora: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    drop: bool = False,
+    alpha: float | None = None,
+    enable_lora: str = "",
+    fan_in_fan_out: bool = False,
+    dtype: str | None = None,
+    factorizer: str = "krylov",
+    seed: int = 0,
+) -> LazyAdapter:
+    """An adapter in another format, or as plain LoRA, lazily.
+
+    Another format changes no value. `to_lora` makes low-rank updates of every other kind, exactly
+    where the rank allows it, and says for each what was lost.
+
+    Args:
+        adapter: the adapter.
+        base: the model that it is for: resolves names, and DoRA and IA3 are relative to it.
+        format: the adapter format to write; None for the adapter's own.
+        to_lora: make plain low-rank updates of every other kind.
+        rank: of these, at most; with neither this nor `energy`: exact up to rank 64, else the
+            smallest rank up to 64 that captures 99.9% of ||delta||^2.
+        energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
+        drop: leave out what the format cannot carry.
+        alpha: the adapter's alpha, where its files do not say it.
+        enable_lora: "1,0,1": which parts of fused weights have an update, where its files do not
+            say it.
+        fan_in_fan_out: the base stores adapted weights as (in, out), where its files do not say it.
+        dtype: of the factors that are made: "bf16", ...; None for fp32.
+        factorizer: of whole matrices, with options.
+        seed: of the factorizer's random start.
+
+    Raises:
+        InputError: a file cannot be read, the base is needed, an option tells what the adapter says
+            itself, or nothing is left.
+        MismatchError: the adapter's files contradict themselves, it does not fit the base, or the
+            format cannot carry all of it; all complaints at once.
+        UsageError: an option's value makes no sense, or there is nothing to do.
+    """
+    step = Convert(
+        format, to_lora, rank, energy, drop, alpha, enable_lora, fan_in_fan_out, dtype, factorizer,
+        seed,
+    )  # fmt: skip
+    opened = None if base is None else _checkpoint(base)
+    return _as(LazyAdapter, step.run(_adapter(adapter), opened))
 
 
 def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = False) -> Report:

@@ -59,9 +59,9 @@ def bind_part(adapter: Adapter, weight: float, base: Checkpoint) -> Part:
     fixed = [u for u in adapter.values() if not u.is_linear and not u.is_whole]
     if fixed and weight != 1:
         raise UsageError(
-            f"{adapter.label}: {fixed[0].name}: a {KIND_NAMES[fixed[0].kind]} cannot be scaled, so "
-            f"the weight {weight:g} means nothing: merge it with 1, or make plain LoRA of it first "
-            "(loratool convert --to-lora)"
+            f"{adapter.label}: {fixed[0].name}: {KIND_NAMES[fixed[0].kind]}: this kind cannot be "
+            f"scaled, so the weight {weight:g} means nothing: merge it with 1, or make plain LoRA "
+            "of it first (loratool convert --to-lora)"
         )
     adapter = adapter.reread(FormatOptions(base=base))
     binding = bind(adapter, base)
@@ -211,7 +211,7 @@ def apply_parts(
     Args:
         base: the base.
         parts: adapters bound to it, in any order.
-        dtype: of all float tensors, or None for the base's.
+        dtype: of all float tensors, or None for the types that the base is written in.
         rounding: how sums are rounded.
         reversible: whether each merge leaves its way back.
 
@@ -227,7 +227,7 @@ def apply_parts(
         if (change := changes_of(name, parts)) is None:
             continue
         changes[name] = change
-        target = dtype if dtype and is_float(tensor.dtype) else tensor.dtype
+        target = dtype if dtype and is_float(tensor.dtype) else base.written_dtype(name)
         start = tensor if change.whole is None else _replaced(change.whole, name, tensor)
         if change.rows:
             start = with_rows(start, change.rows)
@@ -309,8 +309,8 @@ def with_rows(tensor: LazyTensor, bounds: Sequence[BoundUpdate]) -> LazyTensor:
             if isinstance(found, Rows):
                 values = torch.cat(list(_finite_blocks(found.tensor, bound)))
                 rounded = rounded_blocks(values, tensor.dtype, f"{found.tensor.origin}: rows")
-                kept = torch.cat([block.clone() for block in rounded])
-                new |= dict(zip(found.indices, kept, strict=True))
+                kept = torch.cat([block.flatten().clone() for block in rounded])
+                new |= dict(zip(found.indices, kept.view(values.shape), strict=True))
         table = tensor.read()
         for rows in tiles(table, TILE_ELEMENTS):
             tile = table[rows]
@@ -343,11 +343,12 @@ def _added(bound: BoundUpdate, base: Checkpoint, dtype: str | None) -> LazyTenso
 
 
 def _main_dtype(base: Checkpoint) -> str | None:
-    """The float dtype that most of the base's elements have."""
+    """The float dtype that most of the base's elements are written in."""
     sizes: dict[str, int] = {}
-    for tensor in base.values():
+    for name, tensor in base.items():
         if is_float(tensor.dtype):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel
+            dtype = base.written_dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.numel
     return max(sizes, key=lambda name: sizes[name]) if sizes else None
 
 

@@ -6,6 +6,7 @@ headers alone, and everything that does not fit is collected rather than raised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -59,7 +60,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
     """Bind every update to a tensor of `base`, by headers only; nothing is raised."""
     problems = list(adapter.problems)
     shapes = {name: tensor.shape for name, tensor in base.items()}
-    names = {name: update.shape for name, update in adapter.items()}
+    names = {name: _full_shape(update) for name, update in adapter.items()}
     moves = [move for move in adapter.moves if any(name.startswith(move[0]) for name in names)]
     try:
         alignment = align(names, shapes, moves, option="")
@@ -70,11 +71,17 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
     added: dict[str, BoundUpdate] = {}
     for name, update in adapter.items():
         target = alignment.pairs.get(name)
+        found: list[Problem] = []
+        if _is_tied_twin(name, update, adapter, alignment, skeleton) and (
+            target is None or not update.is_whole
+        ):
+            continue
         if target is not None:
-            bound, found = _fit(update, target, base, skeleton)
+            tying = bool(adapter.settings.get("ensure_weight_tying"))
+            bound, found = _fit(update, target, base, skeleton, tying)
             changed[target] = bound
-        elif _is_tied_twin(name, adapter, alignment, skeleton):
-            found = []
+        elif update.optional:
+            continue
         elif update.kind == "replacement":
             added[name] = BoundUpdate(update, name)
             found = _check_addition(update, adapter)
@@ -88,7 +95,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
 
 
 def _fit(
-    update: LazyUpdate, target: str, base: Checkpoint, skeleton: Skeleton
+    update: LazyUpdate, target: str, base: Checkpoint, skeleton: Skeleton, tying: bool
 ) -> tuple[BoundUpdate, list[Problem]]:
     tensor = base[target]
     if update.kind == "replacement":
@@ -103,10 +110,8 @@ def _fit(
         return BoundUpdate(update, target), problems
     problems = []
     transposed = _is_transposed(update, target, tensor.shape, skeleton)
-    expected = tensor.shape[::-1] if transposed else tensor.shape
-    if update.shape != expected:
-        message = f"B @ A does not have the shape of {target} in the base"
-        problems.append(Problem("error", update.name, message, f"{expected}", f"{update.shape}"))
+    if (problem := _shape_problem(update, target, tensor.shape, transposed)) is not None:
+        problems.append(problem)
     if not is_float(tensor.dtype):
         message = f"{target} is quantized or integer in the base: updates cannot be added to it"
         problems.append(Problem("error", update.name, message, "a float dtype", tensor.dtype))
@@ -116,7 +121,65 @@ def _fit(
     if target in skeleton.tied and skeleton.tied[target] in base:
         message = f"is tied to {skeleton.tied[target]} in the base: merging would change both"
         problems.append(Problem("error", update.name, message))
+    heads = [head for head, source in skeleton.tied.items() if source == target]
+    if heads and not update.is_whole and not tying:
+        message = (
+            f"{heads[0]} shares its values with it: a merge changes both, the adapter alone "
+            "changes only the embedding"
+        )
+        problems.append(Problem("warning", update.name, message))
     return BoundUpdate(update, target, transposed), problems
+
+
+def _shape_problem(
+    update: LazyUpdate, target: str, shape: tuple[int, ...], transposed: bool
+) -> Problem | None:
+    """What is wrong with an update's shape for a tensor of the base."""
+    if update.kind == "rows":
+        return _rows_problem(update, target, shape)
+    if update.kind == "ia3" and len(update.shape) == 2:
+        axis = update.shape.index(0) ^ 1
+        stored = axis ^ int(transposed)
+        if len(shape) > stored and shape[stored] == update.shape[axis]:
+            return None
+        message = f"scales {update.shape[axis]} values, {target} has another number of them"
+        return Problem("error", update.name, message, f"{shape}", f"{update.shape[axis]}")
+    expected = _swapped(shape) if transposed else shape
+    if update.shape == expected or _same_matrix(update.shape, expected):
+        return None
+    what = "B @ A" if update.kind == "low_rank" else "the update"
+    message = f"{what} does not have the shape of {target} in the base"
+    return Problem("error", update.name, message, f"{expected}", f"{update.shape}")
+
+
+def _rows_problem(update: LazyUpdate, target: str, shape: tuple[int, ...]) -> Problem | None:
+    if len(shape) != 2 or shape[1] != update.shape[1]:
+        message = f"its rows are not those of {target} in the base"
+        return Problem("error", update.name, message, f"{shape}", f"{update.shape}")
+    if update.rows and max(update.rows) >= shape[0]:
+        message = f"{target} has no such row; was the vocabulary resized?"
+        expected = f"below {shape[0]}"
+        return Problem("error", update.name, message, expected, f"{max(update.rows)}")
+    return None
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1])
+
+
+def _same_matrix(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether both are a convolution's weight, whole or as the matrix (out, in * kernel).
+
+    So are 1x1 kernels and linear weights of the same size.
+    """
+    flat = min(len(one), len(other)) == 2 or _trimmed(one) == _trimmed(other)
+    return flat and one[0] == other[0] and math.prod(one) == math.prod(other)
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _may_be_resized(update: LazyUpdate, target: str, base: Checkpoint) -> bool:
@@ -134,6 +197,10 @@ def _is_transposed(
     update: LazyUpdate, target: str, shape: tuple[int, ...], skeleton: Skeleton
 ) -> bool:
     """As PEFT decides: the module's class wins over what the adapter's config says."""
+    if update.kind == "experts":
+        return _experts_transposed(update, shape)
+    if update.kind in ("dense", "rows") or len(shape) != 2:
+        return False
     kind = "other" if skeleton.guessed else skeleton.kinds.get(target, "other")
     if kind in ("linear", "conv1d"):
         return kind == "conv1d"
@@ -142,10 +209,26 @@ def _is_transposed(
     return shape != update.shape and shape == update.shape[::-1]
 
 
-def _is_tied_twin(name: str, adapter: Adapter, alignment: Alignment, skeleton: Skeleton) -> bool:
+def _experts_transposed(update: LazyUpdate, shape: tuple[int, ...]) -> bool:
+    """Shapes tell where rows and columns differ in number."""
+    if update.shape != _swapped(update.shape):
+        return shape != update.shape and shape == _swapped(update.shape)
+    return bool(update.transposed)
+
+
+def _is_tied_twin(
+    name: str, update: LazyUpdate, adapter: Adapter, alignment: Alignment, skeleton: Skeleton
+) -> bool:
     """Whether `name` only repeats, for PEFT, the embedding that it is tied to."""
-    twin = adapter.tied.get(name) or skeleton.tied.get(name)
-    return twin is not None and twin in adapter and twin in alignment.pairs
+    twin = adapter.tied.get(name) or skeleton.tied.get(alignment.pairs.get(name, name))
+    if twin is None or twin not in adapter or twin not in alignment.pairs:
+        return False
+    return update.is_whole or bool(adapter.settings.get("ensure_weight_tying"))
+
+
+def _full_shape(update: LazyUpdate) -> tuple[int, ...] | None:
+    """The shape of the weight that it is for, as far as the update knows it."""
+    return None if update.kind in ("ia3", "rows") else update.shape
 
 
 def _check_addition(update: LazyUpdate, adapter: Adapter) -> list[Problem]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.digests import TensorDigest
-from loratool.dtypes import itemsize
+from loratool.dtypes import itemsize, torch_dtype
 from loratool.files import named
 from loratool.reports import Report, counted, format_bytes
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RECORD = "loratool-record"
 SWITCH = ".loratool-switch"
 SWITCH_COMMIT = f"{SWITCH}/commit.json"
+# The file of a diffusers folder that tells its components.
+MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,18 @@ class LazyTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor: a view of the file where it has an extent, else freshly computed."""
-        import torch
-
         if self.extent is not None:
             return next(self.blocks())
-        parts = [block.clone() for block in self.blocks()]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.view(self.shape)
+        import torch
+
+        whole = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        flat, done = whole.view(-1), 0
+        for block in self.blocks():
+            flat[done : done + block.numel()] = block.reshape(-1)
+            done += block.numel()
+        if done != len(flat):
+            raise AssertionError(f"{self.name}: {done} values of {self.shape}")
+        return whole
 
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""
@@ -93,13 +100,53 @@ class LazyTensor:
         return replace(self, name=name)
 
 
+Parts = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor lies in a checkpoint that stores it otherwise than as its plain values.
+
+    Attributes:
+        pieces: part ("codes", "scales", ...) -> the stored tensor, under its stored name.
+        decode: the values, in consecutive blocks along axis 0, from the parts' contents.
+        encode: the parts' contents from all values, a tensor of the plain shape in fp32 or in the
+            type that `decode` gives; where a part is text, it may be padded with spaces.
+        sizes: the shapes of parts that `encode` makes larger than they are.
+        obstacle: why values cannot be encoded; "" if they can.
+    """
+
+    pieces: Mapping[str, LazyTensor]
+    decode: Callable[[Parts], Iterator[torch.Tensor]] = field(repr=False)
+    encode: Callable[[torch.Tensor], Parts] = field(repr=False)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    obstacle: str = ""
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The values as they are stored, decoded block by block."""
+        yield from self.decode({part: piece.read() for part, piece in self.pieces.items()})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as it lies on disk, where that is not what `Checkpoint.tensors` show.
+
+    Attributes:
+        checkpoint: the stored tensors under their stored names, and the files beside them.
+        forms: name -> how the tensor of that name is stored; the others are stored as they are.
+    """
+
+    checkpoint: Checkpoint
+    forms: Mapping[str, Form]
+
+
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, LazyTensor]):
     """The tensors of a model, with the files that make it loadable.
 
     Attributes:
         tensors: name to tensor, in file order.
-        config: the parsed config.json, or None.
+        config: the parsed config.json, or None; of several components, model_index.json.
         side_files: files that belong to the model but hold no tensors (config, tokenizer, ...):
             relative name to where its content is, or to the content itself.
         shards: tensor name to the file name that holds it; written files keep this layout.
@@ -112,6 +159,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
         headers: the exact safetensors header to write, by file name, where there is one to keep.
         record: the files of the record of what was merged into it (`loratool.record`), by name
             relative to its directory.
+        components: of a model of several components, their names -> their parsed config.json, or
+            None; tensors are called COMPONENT.NAME then, and each component's files lie in a folder
+            of its name.
+        quantized: tensor -> the scheme that its values are stored in, in words ("GGUF Q4_1"). What
+            is read here are the dequantized values.
+        stored: how it lies on disk, if that is not as `tensors` show it.
+        written_as: the checkpoint format that it is written in.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -126,6 +180,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
     index_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     headers: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     record: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    components: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
+    stored: Stored | None = field(default=None, repr=False)
+    written_as: str = "safetensors"
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -145,6 +203,20 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed checkpoint>"
+
+    def as_stored(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Tensors of this checkpoint by the names that they have inside their file."""
+        if not self.components:
+            return dict(tensors)
+        return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+    def written_dtype(self, name: str) -> str:
+        """The type that a tensor is written in unless another is asked for.
+
+        Dequantized values have fp32's precision only because every product of a code and a scale
+        must be kept exactly; bf16 is what models are trained and served in.
+        """
+        return "BF16" if name in self.quantized else self.tensors[name].dtype
 
     def check(self, name: str, digest: str) -> None:
         """Raise InputError if a tensor is known to have another digest; here, none is."""

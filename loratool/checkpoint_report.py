@@ -50,6 +50,7 @@ def checkpoint_report(
         "path": None if checkpoint.path is None else str(checkpoint.path),
         "format": format_name,
         **_config_facts(checkpoint.config or {}),
+        "components": _component_facts(checkpoint),
         "counts": {"tensors": len(tensors), "files": len(set(checkpoint.shards.values()))},
         "parameters": sum(tensor.numel for tensor in checkpoint.values()),
         "bytes": checkpoint.nbytes,
@@ -97,13 +98,30 @@ def dtype_words(dtypes: Mapping[str, Mapping[str, int]]) -> str:
 def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Strangers' configs may hold anything: only what is of the right type is told."""
     architectures = config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
+    names = architectures if isinstance(architectures, list) else [config.get("_class_name")]
     model_type, tied = config.get("model_type"), config.get("tie_word_embeddings")
     return {
         "architecture": next((name for name in names if isinstance(name, str)), None),
         "model_type": model_type if isinstance(model_type, str) else None,
         "tie_word_embeddings": tied if isinstance(tied, bool) else None,
     }
+
+
+def _component_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Component -> its class, and how much it holds."""
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "architecture": _config_facts(config or {})["architecture"],
+            **dict.fromkeys(("tensors", "parameters", "bytes"), 0),
+        }
+        for name, config in checkpoint.components.items()
+    }
+    for name, tensor in checkpoint.items() if found else ():
+        facts = found[name.partition(".")[0]]
+        facts["tensors"] += 1
+        facts["parameters"] += tensor.numel
+        facts["bytes"] += tensor.nbytes
+    return found
 
 
 def _file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -163,6 +181,12 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"format: {data['format']}, {counted(counts['files'], 'file')} ({files})"
     known = [data["architecture"], data["model_type"]]
     yield f"architecture: {', '.join(filter(None, known)) or 'config.json does not say'}"
+    for name, facts in data["components"].items():
+        yield (
+            f"component {name}: {facts['architecture'] or 'its config.json does not say'}, "
+            f"{counted(facts['tensors'], 'tensor')}, {format_count(facts['parameters'])} "
+            f"parameters, {format_bytes(facts['bytes'])}"
+        )
     yield (
         f"{counted(counts['tensors'], 'tensor')}, {data['parameters']:,} parameters "
         f"({format_count(data['parameters'])})"

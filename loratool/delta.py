@@ -6,6 +6,7 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class DeltaReader:
         if base.shape != tuned.shape:
             _require_finite(tuned)
             return Replacement(tuned)
-        norm, change = _change(base.read(), tuned.read())
+        norm, change = _change(base, tuned)
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
         return Replacement(tuned, change / norm if norm else math.inf)
@@ -130,19 +131,29 @@ def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None
     out.sub_(other.float() if other.itemsize == 1 else other)  # torch cannot calculate in fp8
 
 
-def _vector_at_least(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.ndim else tensor.reshape(1)
-
-
-def _change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
-    before, after = _vector_at_least(before), _vector_at_least(after)
     norm = change = 0.0
-    for rows in tiles(before):
-        one, other = before[rows].double(), after[rows].double()
-        norm += float(one.square().sum())
-        change += float((other - one).square().sum())
+    for one, other in _block_pairs(before, after):
+        for part in tiles(one):
+            old, new = one[part].double(), other[part].double()
+            norm += float(old.square().sum())
+            change += float((new - old).square().sum())
     return math.sqrt(norm), math.sqrt(change)
+
+
+def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The values of two tensors of one shape as pairs of vectors of the same length."""
+    blocks = other.blocks()
+    waiting = torch.empty(0)
+    for block in one.blocks():
+        left = block.reshape(-1)
+        while len(left):
+            if not len(waiting):
+                waiting = next(blocks).reshape(-1)
+            size = min(len(left), len(waiting))
+            yield left[:size], waiting[:size]
+            left, waiting = left[size:], waiting[size:]
 
 
 def _digest_facts(digests: dict[str, str]) -> dict[str, Any]:
@@ -150,14 +161,14 @@ def _digest_facts(digests: dict[str, str]) -> dict[str, Any]:
 
 
 def _require_finite(tensor: LazyTensor) -> None:
-    if not is_finite(tensor.read()):
+    if not all(is_finite(block) for block in tensor.blocks()):
         raise InputError(f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it first")
 
 
 def _name_culprit(base: LazyTensor, tuned: LazyTensor, error: InputError) -> InputError:
     """Say which of the two tensors holds NaN or Inf."""
     for tensor in (base, tuned):
-        if not is_finite(tensor.read()):
+        if not all(is_finite(block) for block in tensor.blocks()):
             return InputError(
                 f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it, or leave it out "
                 "with --exclude"

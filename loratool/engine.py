@@ -25,7 +25,7 @@ from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
 from loratool.places import atomic_directory
 from loratool.reports import Report
-from loratool.updates import KIND_NAMES, Update
+from loratool.updates import FACTORABLE, KIND_NAMES, Update
 from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
@@ -65,14 +65,23 @@ def single_threaded_tasks() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str = "peft") -> Report:
+def save_adapter(
+    adapter: Adapter, target: Path, drain: Drain, format_name: str | None = None
+) -> Report:
     """Compute every update of an adapter and write it, with its manifest and model card.
+
+    Args:
+        adapter: what to write.
+        target: the directory.
+        drain: how.
+        format_name: an adapter format, with options; None for the adapter's own.
 
     Raises:
         MismatchError: the format cannot hold all of it; nothing was computed.
         InputError: nothing differs, or a tensor holds NaN or Inf.
         OutputError: the output place is taken or too small.
     """
+    format_name = format_name or adapter.format
     writer = plugins.create("adapter_formats", format_name)
     raise_problems(
         f"{adapter.label} cannot be written as {format_name.partition(':')[0]}:",
@@ -108,16 +117,22 @@ def save_adapter(adapter: Adapter, target: Path, drain: Drain, format_name: str 
 def refusals(adapter: Adapter, writer: plugins.AdapterFormat) -> list[Problem]:
     """What of an adapter a format cannot hold, by headers only."""
     unknown = [
-        Problem(
-            "error",
-            update.name,
-            f"the format has no {KIND_NAMES[update.kind]}: leave it out (--drop), or make plain "
-            "LoRA of it (--to-lora)",
-        )
+        Problem("error", update.name, _cure(update))
         for update in adapter.values()
         if update.kind not in writer.carries
     ]
+    if adapter.naming and adapter.naming not in getattr(writer, "namings", ()):
+        message = f"is a name of {adapter.naming}: give the base that resolves it (--base)"
+        unknown.append(Problem("error", next(iter(adapter), adapter.label), message))
     return [*unknown, *writer.refusals(adapter)]
+
+
+def _cure(update: LazyUpdate) -> str:
+    """What is wrong with an update of a kind that a format does not carry, and what helps."""
+    message = f"the format has no {KIND_NAMES[update.kind]}: `loratool convert` "
+    if update.kind in FACTORABLE and len(update.shape) > 1:
+        message += "makes plain LoRA of it (--to-lora), or "
+    return message + "leaves it out (--drop)"
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -166,7 +181,11 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path, drain: Drain) -> Repor
                 done(name)
                 drain.progress(name, size)
 
-            write_checkpoint(checkpoint, folder, executor, progress)
+            if checkpoint.written_as == "safetensors":
+                write_checkpoint(checkpoint, folder, executor, progress)
+            else:
+                format = plugins.create("checkpoint_formats", checkpoint.written_as)
+                format.write(checkpoint, folder, executor, progress)
     return checkpoint.report(target)
 
 

@@ -3,6 +3,7 @@
     LoratoolError                the inputs do not allow it: one message, exit status 1
     |-- InputError               a file, tensor or option value cannot be used
     |   |-- FormatError          a file is not what its name or header claims
+    |   |-- UnsupportedError     a file is sound, but of a kind that loratool cannot use
     |   `-- MismatchError        two inputs do not belong together
     |-- OutputError              the output place is taken, too small or not writable
     |-- PluginError              a plugin is unknown, declared twice or fails to import
@@ -30,6 +31,10 @@ class InputError(LoratoolError):
 
 class FormatError(InputError):
     """A file is not what its name or header claims."""
+
+
+class UnsupportedError(InputError):
+    """A file is sound, but of a kind that loratool cannot use."""
 
 
 class MismatchError(InputError):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 # Modules that hold an embedding table, in any of the families below.
 _EMBEDDINGS = re.compile(
     r"(.*\.)?(word_embeddings|position_embeddings|token_type_embeddings|embed_tokens"
-    r"|embed_positions|wte|wpe|shared|relative_attention_bias|embed_in|embeddings)"
+    r"|embed_positions|wte|wpe|shared|relative_attention_bias|embed_in|embeddings"
+    r"|token_embedding|position_embedding)"
 )
 
 # Buffers that older versions of transformers saved and today's compute; (pattern, dimensions).

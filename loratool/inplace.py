@@ -1,9 +1,10 @@
 """A model's files replaced where they lie, so that a kill half-way loses nothing.
 
 New files are written to `.loratool-switch/` inside the model's directory and synced; then a commit
-file says that they are complete, config.json is moved aside, the files are renamed over the old
-ones, and the new config.json comes last. Killed before the commit, the model is the old one;
-killed after it, nobody takes it for a model until `complete` has finished the renames.
+file says that they are complete, config.json (of a diffusers folder: model_index.json) is moved
+aside, the files are renamed over the old ones, and the new config.json comes last. Killed before
+the commit, the model is the old one; killed after it, nobody takes it for a model until `complete`
+has finished the renames.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loratool.checkpoint import RECORD, SWITCH, SWITCH_COMMIT
+from loratool.checkpoint import MODEL_INDEX, RECORD, SWITCH, SWITCH_COMMIT
 from loratool.errors import InputError, OutputError
 from loratool.json_files import read_json
 from loratool.places import check_space, sync_tree
-
-_CONFIG = "config.json"
 
 
 @contextmanager
@@ -61,9 +60,9 @@ def commit(folder: Path, removed: Iterable[str]) -> None:
         removed: old files that the new model does not have.
     """
     new = folder / SWITCH / "new"
-    config = folder / _CONFIG
-    if config.exists() and not (new / _CONFIG).exists():
-        shutil.copyfile(config, new / _CONFIG)
+    config = folder / config_name(folder)
+    if config.exists() and not (new / config.name).exists():
+        shutil.copyfile(config, new / config.name)
     files = [p.relative_to(new).as_posix() for p in sorted(new.rglob("*")) if p.is_file()]
     require_own_files(folder, [*files, *removed])
     sync_tree(new)
@@ -97,20 +96,26 @@ def complete(folder: Path) -> bool:
     return True
 
 
+def config_name(folder: Path) -> str:
+    """The file in a model's directory without which nobody takes it for a model."""
+    return MODEL_INDEX if (folder / MODEL_INDEX).exists() else "config.json"
+
+
 def _finish(folder: Path) -> None:
     """The renames; each is done at most once, so that they can be taken up anywhere."""
     staging = folder / SWITCH
     new = staging / "new"
     removed = read_json(folder / SWITCH_COMMIT).get("removed", [])
-    if (new / _CONFIG).exists() and (folder / _CONFIG).exists():
-        (folder / _CONFIG).rename(staging / "old-config.json")
+    config = config_name(new)
+    if (new / config).exists() and (folder / config).exists():
+        (folder / config).rename(staging / "old-config.json")
         _sync(folder)
     if (new / RECORD).exists():
         if (folder / RECORD).exists():
             (folder / RECORD).rename(staging / "old-record")
         (new / RECORD).rename(folder / RECORD)
     for path in sorted(new.rglob("*")):
-        if path.is_file() and path != new / _CONFIG:
+        if path.is_file() and path != new / config:
             target = folder / path.relative_to(new)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
@@ -118,8 +123,8 @@ def _finish(folder: Path) -> None:
         with suppress(FileNotFoundError):
             (folder / name).unlink()
     _sync(folder)
-    if (new / _CONFIG).exists():
-        (new / _CONFIG).rename(folder / _CONFIG)
+    if (new / config).exists():
+        (new / config).rename(folder / config)
         _sync(folder)
     (folder / SWITCH_COMMIT).unlink()
     shutil.rmtree(staging)

@@ -10,9 +10,10 @@ from typing import Any
 from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
-from loratool.errors import FormatError, InputError, PluginError
+from loratool.errors import FormatError, InputError, PluginError, UnsupportedError
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
+from loratool.quantized import dequantized
 from loratool.refs import Ref, could_be_remote, parse_ref, shown
 from loratool.reports import counted, listed
 
@@ -69,14 +70,20 @@ def store_of(ref: Ref) -> Any:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Open a checkpoint by headers only.
+    """Open a checkpoint by headers only; a quantized one as the plain one that it stands for.
 
     Raises:
         InputError: nothing is there, or it cannot be read.
         FormatError: no format recognises it, its files contradict themselves, or hold nothing.
+        UnsupportedError: it is quantized in a way that cannot be read.
     """
+    return dequantized(_open_stored(source))
+
+
+def _open_stored(source: Source) -> Checkpoint:
+    """A checkpoint with its tensors as they are stored."""
     located = locate(source)
-    format = _detect("checkpoint_formats", located, "checkpoint")
+    _, format = _detect("checkpoint_formats", located, "checkpoint")
     checkpoint: Checkpoint = format.open(located.path)
     if not checkpoint:
         raise FormatError(f"{located.path}: holds no tensors; download it again")
@@ -92,24 +99,34 @@ def open_adapter(source: Source) -> Adapter:
         FormatError: no format recognises it.
     """
     located = locate(source)
-    return _opened(_detect("adapter_formats", located, "adapter").open(located.path), located)
+    name, format = _detect("adapter_formats", located, "adapter")
+    return _opened(format.open(located.path), located, name)
 
 
-def _opened(adapter: Adapter, located: Located) -> Adapter:
+def _opened(adapter: Adapter, located: Located, format: str) -> Adapter:
     """An adapter as its format read it, with what belongs to the place where it lies."""
     notes = (*_notes(located.ref), *adapter.notes)
     again = adapter.rereading
     if again is not None:
         read = again.read
-        again = replace(again, read=lambda options: _opened(read(options), located))
+        again = replace(again, read=lambda options: _opened(read(options), located, format))
     digests = _base_digests(located.path)
-    return replace(adapter, base_digests=digests, notes=notes, rereading=again)
+    return replace(adapter, base_digests=digests, notes=notes, format=format, rereading=again)
 
 
 def open_any(source: Source) -> Adapter | Checkpoint:
-    """Open an adapter, or else a checkpoint; the errors of both."""
+    """Open an adapter, or else a checkpoint, to be looked at or sent; the errors of both.
+
+    A checkpoint that is quantized in a way that cannot be read comes as it is stored.
+    """
     located = locate(source)
-    return open_adapter(located) if is_adapter(located) else open_checkpoint(located)
+    if is_adapter(located):
+        return open_adapter(located)
+    stored = _open_stored(located)
+    try:
+        return dequantized(stored)
+    except UnsupportedError as error:
+        return replace(stored, notes=(*stored.notes, str(error)))
 
 
 def is_adapter(located: Located) -> bool:
@@ -141,8 +158,8 @@ def format_of(kind: str, path: Path) -> str | None:
     return next(iter(claims)) if len(claims) == 1 else None
 
 
-def _detect(kind: str, located: Located, what: str) -> Any:
-    """The one format that a path is in.
+def _detect(kind: str, located: Located, what: str) -> tuple[str, Any]:
+    """The one format that a path is in, and its name.
 
     Raises:
         FormatError: there is none, or more than one.
@@ -151,7 +168,7 @@ def _detect(kind: str, located: Located, what: str) -> Any:
     broken: list[str] = []
     claims, objections = _claims(kind, path, broken)
     if len(claims) == 1:
-        return next(iter(claims.values()))
+        return next(iter(claims.items()))
     if claims:
         raise FormatError(
             f"{path}: could be of the formats {' and '.join(claims)}: keep the files of one of "

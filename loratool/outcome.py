@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate
 from loratool.reports import Report, Table, counted, format_bytes, format_share
-from loratool.updates import LowRank, Replacement, Update
+from loratool.updates import Kind, LowRank, Replacement, Update, counted_kind
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Outcome:
         adapter: what is drained.
         low_rank: name -> the certificate of its factors.
         replaced: name -> relative norm of the change (None: the base has no such tensor).
+        others: name -> the kind of what is neither.
         left_out: the same for what `--lora-only` left out.
         unchanged: how many tensors turned out to be equal in both models.
     """
@@ -29,6 +31,7 @@ class Outcome:
     adapter: Adapter
     low_rank: dict[str, Certificate] = field(default_factory=dict)
     replaced: dict[str, float | None] = field(default_factory=dict)
+    others: dict[str, Kind] = field(default_factory=dict)
     left_out: dict[str, float | None] = field(default_factory=dict)
     unchanged: int = 0
 
@@ -41,6 +44,8 @@ class Outcome:
                 self.low_rank[update.name] = found.certificate or Certificate(found.rank, 0, 0)
             elif isinstance(found, Replacement):
                 self.replaced[update.name] = found.relative_norm
+            elif found is not None:
+                self.others[update.name] = found.kind
             else:
                 self.unchanged += 1
             yield update, found
@@ -52,7 +57,7 @@ class Outcome:
 
     def check(self) -> None:
         """Raise InputError if there was nothing to write."""
-        if self.low_rank or self.replaced:
+        if self.low_rank or self.replaced or self.others:
             return
         if self.left_out:
             raise InputError(
@@ -84,8 +89,13 @@ class Outcome:
                 "method": c.method,
                 "steps": c.steps,
             }
+        for name, source in self.adapter.provenance.sources.items():
+            if name in tensors:
+                tensors[name]["from"] = source
         for name, norm in self.replaced.items():
             tensors[name] = {"kind": "replacement", "relative_norm": norm}
+        for name, kind in self.others.items():
+            tensors[name] = {"kind": kind, "shape": list(self.adapter[name].shape)}
         return {
             "kind": "adapter",
             "tensors": tensors,
@@ -94,6 +104,7 @@ class Outcome:
             "totals": {
                 "low_rank": len(self.low_rank),
                 "replaced": len(self.replaced),
+                "others": len(self.others),
                 self.adapter.provenance.skipped.replace(" ", "_"): self.unchanged,
                 "energy": self.energy,
                 "bytes": size,
@@ -106,6 +117,7 @@ class Outcome:
         lines = [
             f"{counted(len(self.low_rank), 'low-rank update')}, "
             f"{counted(len(self.replaced), 'tensor')} kept whole"
+            + "".join(f", {words}" for words in counted_kinds(self.others.values()))
             + (f", {self.unchanged} {self.adapter.provenance.skipped}" if self.unchanged else ""),
             f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
         ]
@@ -135,11 +147,20 @@ class Outcome:
         )
 
     def _table(self) -> Table:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (name, str(c.rank), format_share(c.energy), _error(c.relative_error))
             for name, c in self.low_rank.items()
         ]
-        return Table(("tensor", "rank", "energy", "relative error"), tuple(rows))
+        columns: tuple[str, ...] = ("tensor", "rank", "energy", "relative error")
+        if sources := self.adapter.provenance.sources:
+            columns = (*columns, "made of")
+            rows = [(*row, sources.get(row[0], "")) for row in rows]
+        return Table(columns, tuple(rows))
+
+
+def counted_kinds(kinds: Iterable[Kind]) -> list[str]:
+    """How many there are of each kind: ["2 DoRA updates", "1 full-size delta"]."""
+    return [counted_kind(kind, number) for kind, number in Counter(kinds).items()]
 
 
 def _error(error: float) -> str:

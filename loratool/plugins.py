@@ -80,7 +80,8 @@ class Step(Protocol):
 
     Attributes:
         operands: its inputs, in the order of `run`'s parameters.
-        output: the default output directory, with operand names in braces; "" if it writes nothing.
+        output: the default output directory, with names of operands and of the step's attributes
+            in braces; "" if it writes nothing.
         has_tasks: (optional, True if absent) whether an executor runs its work.
         in_place: (optional, False if absent) whether it changes its first operand: its result has
             `apply(drain) -> Report`.
@@ -99,6 +100,9 @@ class Step(Protocol):
 
 class CheckpointFormat(Protocol):
     """A way to store a model's tensors.
+
+    A format that opens checkpoints with `written_as` set to its own name also has
+    `write(checkpoint, folder, executor, progress)`, as `loratool.writer.write_checkpoint`.
 
     Attributes:
         refines: (optional, empty if absent) the formats whose files it recognises, too, and knows
@@ -123,6 +127,7 @@ class AdapterFormat(Protocol):
     Attributes:
         carries: the kinds of update that it can hold (`loratool.updates`).
         refines: (optional) as of a `CheckpointFormat`.
+        namings: (optional, empty if absent) unresolved names (`Adapter.naming`) that it can write.
         library: (optional, "peft" if absent) the Hub's name of the library that loads it.
         usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
             directory; PEFT's way if absent.

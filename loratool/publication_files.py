@@ -127,12 +127,18 @@ def _adapter_files(folder: Path, adapter: Adapter, there: Iterable[str]) -> set[
 
 
 def _model_files(folder: Path, model: Checkpoint, there: Iterable[str]) -> set[str]:
-    weights = set(model.shards.values())
+    if model.components:
+        raise InputError(
+            f"{folder}: is a model of several components ({', '.join(model.components)}), which "
+            "cannot be published yet; huggingface_hub's `hf upload` sends the folder as it is"
+        )
+    on_disk = model.stored.checkpoint if model.stored else model  # with its own index
+    weights = set(on_disk.shards.values())
     _require_no_pickles(folder, weights)
     code = _code_files(model.config or {})
     record = {f"{RECORD}/{name}" for name in model.record}
     settings = _matching(there, _MODEL_SETTINGS)
-    return weights | {*model.index_files} | settings | (code & {*there}) | record
+    return weights | {*on_disk.index_files} | settings | (code & {*there}) | record
 
 
 def _code_files(config: Mapping[str, Any]) -> set[str]:

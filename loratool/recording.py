@@ -189,7 +189,7 @@ class Recording:
         found = {}
         for file in dict.fromkeys(base.shards.values()):
             tensors = {n: t for n, t in base.items() if base.shards[n] == file}
-            header = base.headers.get(file) or raw_header(tensors)
+            header = base.headers.get(file) or raw_header(base.as_stored(tensors))
             if header is not None:
                 found[file] = self._file(header)
         return found

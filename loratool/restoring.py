@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import blake3
 import zstandard
@@ -15,7 +15,7 @@ import zstandard
 from loratool import record as layout
 from loratool.adapter import Adapter
 from loratool.application import Part, bind_part, changes_of
-from loratool.checkpoint import RECORD, Checkpoint, LazyTensor
+from loratool.checkpoint import MODEL_INDEX, RECORD, Checkpoint, LazyTensor
 from loratool.errors import FormatError, InputError, MismatchError
 from loratool.files import file_content, is_file
 from loratool.json_files import parse_json
@@ -24,7 +24,7 @@ from loratool.record import BaseFile, BaseTensor, Record
 from loratool.recording import adapter_digests
 from loratool.reports import Report, counted
 from loratool.safetensors_file import lazy_tensors, read_header
-from loratool.shards import INDEX_SUFFIX, safetensors_name
+from loratool.shards import is_index, safetensors_name
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +113,10 @@ def restore(
     side_files, index = files.side_files()
     headers = files.headers()
     shards = files.shards()
-    config = side_files.get("config.json")
     skeleton = Checkpoint(
         {name: _header_only(name, found) for name, found in record.tensors.items()},
-        config=None
-        if config is None
-        else parse_json(file_content(config), f"{merged.label}: config"),
+        config=_config(merged, side_files, MODEL_INDEX if merged.components else "config.json"),
+        components={n: _config(merged, side_files, f"{n}/config.json") for n in merged.components},
     )
     parts = [
         bind_part(adapter, recorded.weight, skeleton)
@@ -138,11 +136,19 @@ def restore(
         index_files=index,
         headers=headers,
         record=record.previous(),
+        components=skeleton.components,
         merged=merged,
         source=record,
         adapters=adapters,
         is_exact=not files.notes,
     )
+
+
+def _config(
+    merged: Checkpoint, side_files: Mapping[str, Path | bytes], name: str
+) -> dict[str, Any] | None:
+    content = side_files.get(name)
+    return None if content is None else parse_json(file_content(content), f"{merged.label}: {name}")
 
 
 @dataclass
@@ -160,7 +166,7 @@ class _Files:
             content = self._side_file(name, recorded)
             if content is not None:
                 found[name] = content
-        index = {name: content for name, content in found.items() if name.endswith(INDEX_SUFFIX)}
+        index = {name: content for name, content in found.items() if is_index(name)}
         return {n: c for n, c in found.items() if n not in index}, index
 
     def _side_file(self, name: str, recorded: BaseFile) -> Path | bytes | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loratool.conversion import find_stored
 from loratool.errors import InputError, UsageError
 from loratool.families import (
     FAMILIES,
@@ -22,8 +23,12 @@ from loratool.families import (
     is_buffer,
     is_embedding,
 )
+from loratool.pieces import Piece
 
-Kind = Literal["linear", "conv1d", "embedding", "other"]
+# "conv1d" is GPT-2's module of that name, a linear one that stores (in, out); "conv" are torch's
+# convolutions of 1 to 3 dimensions, (out, in / groups, *kernel); "experts" are 3-D parameters that
+# hold a matrix for each expert.
+Kind = Literal["linear", "conv1d", "embedding", "conv", "experts", "other"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Ends of the names of classes with a language modelling head.
@@ -52,16 +57,26 @@ class Skeleton:
     """The modules of a model.
 
     Attributes:
-        kinds: parameter name -> what kind of module it is the weight of.
+        kinds: parameter name in memory -> what kind of module it is the weight of.
         tied: parameter -> the parameter that it shares its values with.
         notes: what had to be guessed.
         guessed: whether the kinds are guesses by name and shape.
+        pieces: parameter or buffer in memory -> where its values lie in the checkpoint, if not
+            simply under its name.
+        unused: tensors of the checkpoint that the model does not have in memory.
+        transposed_experts: parameters of the kind "experts" that are stored as (E, in, out) rather
+            than (E, out, in).
+        groups: weight of a convolution -> its number of groups, where that is more than 1.
     """
 
     kinds: Mapping[str, Kind]
     tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
+    transposed_experts: frozenset[str] = frozenset()
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 def task_type(architecture: str) -> str | None:
@@ -82,6 +97,15 @@ def architecture_of(config: Mapping[str, Any] | None) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
+def is_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Whether this is the config of a diffusers model, or of a pipeline of several models.
+
+    Their two-dimensional weights are linear modules' but for embedding tables, which have telling
+    names, and none of them is needed by transformers.
+    """
+    return "_class_name" in (config or {})
+
+
 def build_skeleton(config: Mapping[str, Any] | None, shapes: Shapes) -> Skeleton:
     """Tell linear weights, embeddings and tied tensors of a model apart.
 
@@ -90,8 +114,10 @@ def build_skeleton(config: Mapping[str, Any] | None, shapes: Shapes) -> Skeleton
         shapes: its tensors' names and shapes.
 
     Raises:
-        InputError: transformers knows the model, but by other names in memory than on disk.
+        InputError: transformers does not know the class, or not all of the tensors.
     """
+    if is_diffusers(config):
+        return Skeleton(_kinds_by_name(shapes, None))
     model_type = (config or {}).get("model_type")
     family = FAMILIES.get(str(model_type)) if model_type else family_of_names(shapes)
     if family is not None:
@@ -133,31 +159,63 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise InputError(f"config.json: transformers has no class {architecture!r}")
-    settings = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+    known = _without_tags(config)
+    settings = {k: v for k, v in known.items() if k not in ("model_type", "transformers_version")}
     with torch.device("meta"):
         model = cls(transformers.AutoConfig.for_model(config["model_type"], **settings))
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known = {name for name, shape in shapes.items() if is_buffer(name, shape)}
-    if strange := sorted(set(shapes) - set(model.state_dict()) - known):
-        raise InputError(
-            f"{strange[0]}: {architecture} has another name for it in memory than on disk "
-            f"(so have {len(strange) - 1} more); such models are not supported yet"
-        )
+    stored = find_stored(model, shapes)
+    strange = [name for name in stored.strange if not is_buffer(name, shapes[name])]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise InputError(f"{strange[0]}: {architecture} has no parameter for it{more}")
+    modules = dict(model.named_modules(remove_duplicate=False))
     kinds: dict[str, Kind] = {}
-    for name in parameters:
-        module = model.get_submodule(name.rpartition(".")[0])
-        kinds[name] = _kind_of_module(module) if name.endswith(".weight") else "other"
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return Skeleton(kinds, dict(tied))
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module = modules[name.rpartition(".")[0]]
+        kinds[name] = _kind(name, parameter, module)
+        if kinds[name] == "conv" and module.groups > 1:
+            groups[name] = module.groups
+    return Skeleton(
+        kinds,
+        dict(getattr(model, "all_tied_weights_keys", None) or {}),
+        pieces=stored.pieces,
+        unused=stored.unused,
+        transposed_experts=frozenset(
+            name
+            for name, kind in kinds.items()
+            if kind == "experts"
+            and getattr(modules[name.rpartition(".")[0]], "is_transposed", False)
+        ),
+        groups=groups,
+    )
 
 
-def _kind_of_module(module: Any) -> Kind:
+def _without_tags(value: Any) -> Any:
+    """A config's values; transformers writes an infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_without_tags(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _without_tags(item) for key, item in value.items()}
+
+
+def _kind(name: str, parameter: Any, module: Any) -> Kind:
+    """What a parameter is in the module that holds it."""
     import torch
 
+    if parameter.ndim == 3 and getattr(module, "num_experts", None) == parameter.shape[0]:
+        return "experts"
+    if not f".{name}".endswith(".weight"):
+        return "other"
     if type(module).__name__ == "Conv1D":
         return "conv1d"
     if isinstance(module, torch.nn.Linear):
         return "linear"
+    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        return "conv"
     return "embedding" if isinstance(module, torch.nn.Embedding) else "other"
 
 
@@ -180,10 +238,15 @@ def complete_config(
         filled in.
 
     Raises:
-        UsageError: `architecture` names nothing that loratool or transformers knows.
+        UsageError: `architecture` names nothing that loratool or transformers knows, or is given
+            for a diffusers model.
     """
     if config is None and not architecture:
         return None, ()
+    if config is not None and is_diffusers(config):
+        if architecture:
+            raise UsageError(f"--architecture {architecture}: a diffusers model tells its class")
+        return dict(config), ()
     found, notes = dict(config or {}), []
     family = family_of_names(shapes)
     if architecture:

@@ -121,9 +121,9 @@ def subtract(
         changes = changes_of(name, parts) or Changes()
         if fixed := [b.update for b, _ in changes.updates if not b.update.is_linear]:
             raise MismatchError(
-                f"{merged.label}: {name}: a {KIND_NAMES[fixed[0].kind]} changes the base's own "
-                "weights and cannot be subtracted; only a merge made with --reversible brings "
-                "the base back"
+                f"{merged.label}: {name}: {KIND_NAMES[fixed[0].kind]}: this kind changes the "
+                "base's own weights and cannot be subtracted; only a merge made with --reversible "
+                "brings the base back"
             )
         if changes.updates:
             doubts[name] = Doubt()
@@ -139,6 +139,7 @@ def subtract(
         side_files=merged.side_files,
         shards=merged.shards,
         metadata=merged.metadata,
+        components=merged.components,
         notes=(*merged.notes, *_notes(parts)),
         doubts=doubts,
         taken=tuple(f"{part.adapter.label}={part.weight:g}" for part in parts),

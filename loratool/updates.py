@@ -12,6 +12,7 @@ own weights.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -39,6 +40,16 @@ KIND_NAMES: dict[str, str] = {
 }
 LINEAR: frozenset[str] = frozenset({"low_rank", "experts", "dense", "loha", "lokr"})
 WHOLE: frozenset[str] = frozenset({"rows", "replacement"})  # set values, whatever the base has
+NEED_BASE: frozenset[str] = frozenset({"dora", "ia3"})  # their deltas depend on the base's values
+# What plain low-rank updates can be made of, where it is for more than a vector.
+FACTORABLE: frozenset[str] = frozenset({"dense", "loha", "lokr", "dora", "ia3"})
+_PLURAL = re.compile(r"(update|delta|scaling|table|tensor)\b")
+
+
+def counted_kind(kind: Kind, number: int) -> str:
+    """How many there are of a kind: "2 tables with replaced rows"."""
+    name = KIND_NAMES[kind]
+    return f"{number} {name}" if number == 1 else f"{number} " + _PLURAL.sub(r"\1s", name, count=1)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from loratool.checkpoint import RECORD, Checkpoint, Extent, LazyTensor
 from loratool.errors import InputError
 from loratool.files import file_size, local
 from loratool.safetensors_file import build_header, whole_file
-from loratool.shards import INDEX_SUFFIX
+from loratool.shards import index_name
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from loratool.plugins import Executor
 
 _COPY_CHUNK = 8 << 20
-INDEX = f"model{INDEX_SUFFIX}"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -80,7 +79,7 @@ def write_checkpoint(
     files = weight_files(checkpoint)
     for file, tensors in files.items():
         write_weight_file(checkpoint, file, tensors, folder, executor, progress)
-    write_side_files({**index_file(checkpoint, files), **checkpoint.side_files}, folder)
+    write_side_files({**index_files(checkpoint, files), **checkpoint.side_files}, folder)
     write_side_files({f"{RECORD}/{n}": file for n, file in checkpoint.record.items()}, folder)
 
 
@@ -102,22 +101,41 @@ def write_weight_file(
 ) -> None:
     """Write one of a checkpoint's `weight_files`; copied as it is where it exists already."""
     path = _inside(folder, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = checkpoint.metadata.get(file, {"format": "pt"})
     header = checkpoint.headers.get(file)
-    source = _unchanged_file(tensors, metadata)
+    stored = checkpoint.as_stored(tensors)
+    source = _unchanged_file(stored, metadata)
     if source is None or header is not None:
-        write_safetensors(path, tensors, metadata, executor, progress, header)
+        names = dict(zip(stored, tensors, strict=True))
+
+        def written(name: str, size: int) -> None:
+            progress(names[name], size)
+
+        write_safetensors(path, stored, metadata, executor, written, header)
         return
     _copy_file(source, path)
     for name, tensor in tensors.items():
         progress(name, tensor.nbytes)
 
 
-def index_file(checkpoint: Checkpoint, files: Sized) -> dict[str, Path | bytes]:
-    """The index of a checkpoint's weight files, by name; {} if there is one file only."""
+def index_files(
+    checkpoint: Checkpoint, files: Mapping[str, Mapping[str, LazyTensor]]
+) -> dict[str, Path | bytes]:
+    """The indexes of a checkpoint's `weight_files`, by name; none for a file that is alone.
+
+    Those of another checkpoint's files, kept as they were, win.
+    """
     if checkpoint.index_files:
         return dict(checkpoint.index_files)
-    return {INDEX: _index(checkpoint)} if len(files) > 1 else {}
+    indexes: dict[str, list[str]] = {}
+    for file in files:
+        indexes.setdefault(index_name(file), []).append(file)
+    return {
+        name: _index((file, checkpoint.as_stored(files[file])) for file in together)
+        for name, together in indexes.items()
+        if len(together) > 1
+    }
 
 
 def _unchanged_file(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Path | None:
@@ -138,11 +156,13 @@ def _copy_file(source: Path, path: Path) -> None:
         os.close(handle)
 
 
-def _index(checkpoint: Checkpoint) -> bytes:
-    content = {
-        "metadata": {"total_size": checkpoint.nbytes},
-        "weight_map": {name: checkpoint.shards[name] for name in sorted(checkpoint)},
-    }
+def _index(files: Iterable[tuple[str, Mapping[str, LazyTensor]]]) -> bytes:
+    holders: dict[str, str] = {}
+    size = 0
+    for file, tensors in files:
+        holders |= dict.fromkeys(tensors, PurePosixPath(file).name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(holders.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -166,6 +186,26 @@ def write_safetensors(
             describe these tensors in this order.
     """
     header = header or build_header(((n, t.dtype, t.shape) for n, t in tensors.items()), metadata)
+    write_in_order(path, header, tensors, executor, progress)
+    _check_readable(path)
+
+
+def write_in_order(
+    path: Path,
+    header: bytes,
+    tensors: Mapping[str, LazyTensor],
+    executor: Executor,
+    progress: Callable[[str, int], None],
+) -> None:
+    """Write a file of a header and the bytes of tensors, one after the other, without gaps.
+
+    Args:
+        path: the file, which must not exist.
+        header: what it begins with.
+        tensors: what follows, in this order.
+        executor: runs one task a tensor.
+        progress: is told each tensor's name and bytes as it is done, in order.
+    """
     offsets = {}
     position = len(header)
     for name, tensor in tensors.items():
@@ -184,7 +224,6 @@ def write_safetensors(
             progress(name, tensors[name].nbytes)
     finally:
         os.close(handle)
-    _check_readable(path)
 
 
 def _write_tensor(handle: int, tensor: LazyTensor, offset: int) -> None:

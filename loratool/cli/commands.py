@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import re
+import string
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -188,7 +189,7 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
     refs = {operand.name: _refs(operand, values[operand.name]) for operand in cls.operands}
     if getattr(cls, "names_base", False):
         refs = without_base(cls, refs)
-    target = _target(cls, values, refs)
+    target = _target(step, values, refs)
     if target is not None:  # before any long work
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
         if "executor" in values:
@@ -252,16 +253,19 @@ def _complete(ref: str) -> None:
 
 
 def _target(
-    cls: type[Step], values: Mapping[str, Any], refs: Mapping[str, list[tuple[str, float]]]
+    step: Step, values: Mapping[str, Any], refs: Mapping[str, list[tuple[str, float]]]
 ) -> Path | None:
-    if not cls.output:
+    if not step.output:
         return None
     if values["output"]:
         return Path(values["output"])
     names = {name: _short_name(given[0][0]) for name, given in refs.items() if given}
     if "adapters" in names:  # name it, where the base was left out
         names.setdefault("base", names["adapters"])
-    return Path(cls.output.format(**names))
+    for _, name, _, _ in string.Formatter().parse(step.output):
+        if name and name not in names:
+            names[name] = str(getattr(step, name))
+    return Path(step.output.format(**names))
 
 
 def _short_name(ref: str) -> str:

@@ -15,6 +15,7 @@ from loratool.errors import InputError, raise_problems
 from loratool.places import atomic_directory
 from loratool.plugins import Exporter, Operand, option
 from loratool.reports import Report
+from loratool.skeleton import is_diffusers
 from loratool.steps.merge import Merge, MergedCheckpoint
 
 
@@ -72,11 +73,15 @@ class Export:
 
         Raises:
             MismatchError: an adapter does not fit, or the model cannot be exported.
-            InputError: the model's class is not known.
+            InputError: the model's class is not known, or is none of transformers'.
         """
+        if is_diffusers(base.config):
+            raise InputError(
+                f"{base.label}: is a diffusers model: only models of transformers can be exported"
+            )
         exporter: Exporter = plugins.create("exporters", self.exporter)
         merge = Merge(architecture=self.architecture)
-        merged = merge.run(base, adapters)
+        merged = merge.merged(base, adapters)
         if merged.config is None:
             raise InputError(f"{base.label}: has no config.json: name its class by --architecture")
         plain = in_class_of(merged, base, merge, adapters)
@@ -91,7 +96,9 @@ def in_class_of(
     adapters: Sequence[tuple[Adapter, float]],
 ) -> Checkpoint:
     """The base's weights in the merged model's class; what the base lacks, from the adapters."""
-    plain = merge.run(base, [(_without_factors(adapter), weight) for adapter, weight in adapters])
+    plain = merge.merged(
+        base, [(_without_factors(adapter), weight) for adapter, weight in adapters]
+    )
     return plain.with_config(merged.config) if merged.config is not None else plain
 
 

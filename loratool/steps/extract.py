@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -15,14 +16,19 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
 from loratool.families import is_buffer
+from loratool.files import file_content
+from loratool.in_memory import in_memory, pieces_by_tensor
+from loratool.json_files import parse_json
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
+from loratool.reports import listed
 from loratool.skeleton import (
     TASK_HEADS,
     Skeleton,
     architecture_of,
     build_skeleton,
     complete_config,
+    is_diffusers,
     is_in_task_head,
     task_type,
 )
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from loratool.delta import DeltaReader
 
 _DEFAULT_RANK = 16
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # of a config
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,18 @@ class Extract:
 
         reader = DeltaReader(factorizer, policy, self.seed)
         low_rank, whole = _updates(self, plan, reader, policy, dtype)
-        updates = low_rank if self.lora_only else _in_order(finetuned, {**low_rank, **whole})
+        tensors = plan.finetuned
+        updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
         return Adapter(
             updates,
-            model_files={} if self.lora_only else _model_files(plan),
-            model_config=None if self.lora_only else plan.config,
+            model_files={} if self.lora_only or plan.is_part else _model_files(plan),
+            model_config=None if self.lora_only or plan.is_part else plan.config,
             dropped=() if self.lora_only else plan.dropped,
             task_type=plan.task,
             base_name=self._base_name(base),
-            context={name: finetuned[name] for name in finetuned if name not in plan.buffers},
+            context={name: tensors[name] for name in tensors if name not in plan.buffers},
             kinds=plan.skeleton.kinds,
             tied=plan.skeleton.tied,
             moves=plan.alignment.moves,
@@ -129,6 +137,8 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
 
 @dataclass(frozen=True)
 class _Plan:
+    """Both models as they are in memory, and what becomes of their tensors."""
+
     base: Checkpoint
     finetuned: Checkpoint
     alignment: Alignment
@@ -140,13 +150,21 @@ class _Plan:
     selected: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the fine-tune is a pipeline or a part of one, whose files no adapter carries."""
+        return bool(self.base.components) or is_diffusers(self.config)
+
 
 def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
-    shapes = {name: tensor.shape for name, tensor in finetuned.items()}
-    base_shapes = {name: tensor.shape for name, tensor in base.items()}
-    alignment = align(shapes, base_shapes, parse_moves(step.map))
-    config, config_notes = complete_config(finetuned.config, shapes, base.config, step.architecture)
-    skeleton = build_skeleton(config, shapes)
+    config, config_notes = complete_config(
+        finetuned.config, _shapes(finetuned), base.config, step.architecture
+    )
+    skeleton = build_skeleton(config, _shapes(finetuned))
+    on_disk, base_skeleton = base, _base_skeleton(base, config, skeleton)
+    finetuned, base = in_memory(finetuned, skeleton), in_memory(base, base_skeleton)
+    shapes = _shapes(finetuned)
+    alignment = align(shapes, _shapes(base), parse_moves(step.map))
     _check_related(alignment, finetuned, base, skeleton)
     buffers = tuple(name for name, shape in shapes.items() if is_buffer(name, shape))
     parameters = [name for name in finetuned if name not in buffers]
@@ -159,12 +177,21 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         if is_in_task_head(name, task) or _is_selected(step, name, name not in alignment.pairs)
     )
     paired = set(alignment.pairs.values())
-    dropped = tuple(
+    components = {name.partition(".")[0] for name in paired} if base.components else set()
+    gone = {
         name
         for name in base
-        if name not in paired and alignment.name_here(name) not in skeleton.tied
+        if name not in paired
+        and alignment.name_here(name) not in skeleton.tied
+        and (not components or name.partition(".")[0] in components)
+    }
+    dropped = tuple(
+        tensor
+        for tensor, users in pieces_by_tensor(base_skeleton, _shapes(on_disk)).items()
+        if all(name in gone for name, _ in users)
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
+    notes += _lost_settings(base, finetuned)
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -183,6 +210,48 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         base, finetuned, alignment, config, skeleton, task, dropped, buffers, selected,
         tuple(notes),
     )  # fmt: skip
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in checkpoint.items()}
+
+
+def _base_skeleton(
+    base: Checkpoint, config: Mapping[str, Any] | None, skeleton: Skeleton
+) -> Skeleton:
+    """How the base lies on disk: by its own config.json, or else as the fine-tune's class."""
+    if skeleton.guessed:
+        return skeleton
+    found, _ = complete_config(base.config, _shapes(base), config)
+    if found is None:
+        return build_skeleton(config, _shapes(base))
+    if not architecture_of(found):
+        found["architectures"] = [architecture_of(config)]
+    return build_skeleton(found, _shapes(base))
+
+
+def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
+    """A note on the settings of a pipeline that differ: an adapter carries none of them."""
+    if not (base.components and finetuned.components):
+        return []
+    files = finetuned.side_files.items()
+    there = {name: source for name, source in files if name.endswith("config.json")}
+    lost = [
+        name
+        for name, source in there.items()
+        if name not in base.side_files
+        or _essence(source, name) != _essence(base.side_files[name], name)
+    ]
+    if not lost:
+        return []
+    return [
+        f"the adapter does not carry settings in which the fine-tune differs: {listed(lost, 4)}"
+    ]
+
+
+def _essence(source: Path | bytes, name: str) -> dict[str, Any]:
+    content = parse_json(file_content(source), name)
+    return {k: v for k, v in content.items() if not k.startswith("_") and k not in _VOLATILE}
 
 
 def _smaller_than(

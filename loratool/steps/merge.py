@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ from loratool.kinship import require_distinct
 from loratool.plugins import Operand, option
 from loratool.recording import Recorder
 from loratool.reports import Report, Table, counted, format_bytes, format_share
+from loratool.requantizing import RequantizedCheckpoint, requantized
 from loratool.shards import parse_size, plan_shards, safetensors_name
-from loratool.skeleton import complete_config
+from loratool.skeleton import complete_config, is_diffusers
 
 _CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _RECORD_LEFT_BEHIND = (
@@ -142,34 +143,66 @@ class Merge:
     embed_adapter: bool = option(
         True, "keep the adapters themselves in the record, not only their digests"
     )
+    requantize: bool = option(
+        False, "write a quantized base's tensors in its scheme again, and say what that costs"
+    )
+    force: bool = option(False, "requantize even where the update drowns in the error of that")
 
     def __post_init__(self) -> None:
         if self.reversible and self.dtype is not None:
             raise UsageError("--reversible keeps the base's type: leave --dtype out")
         if not self.reversible and not self.embed_adapter:
             raise UsageError("--no-embed-adapter is about the record of a --reversible merge")
+        if self.force and not self.requantize:
+            raise UsageError("--force is about --requantize")
+        options = {
+            "--dtype": self.dtype, "--max-shard-size": self.max_shard_size,
+            "--reversible": self.reversible,
+        }  # fmt: skip
+        for name, value in options.items():
+            if self.requantize and value:
+                raise UsageError(f"--requantize keeps the base's own scheme: leave {name} out")
 
-    def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> MergedCheckpoint:
+    def run(
+        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+    ) -> MergedCheckpoint | RequantizedCheckpoint:
         """Bind every adapter and plan the merged tensors; nothing is computed yet.
 
+        Returns:
+            The merged model; with `requantize`, what is stored of it in the base's scheme.
+
         Raises:
-            MismatchError: an adapter does not fit, or is given twice; all complaints at once.
+            MismatchError: an adapter does not fit, or is given twice; all complaints at once; or
+                the scheme cannot be written.
             UsageError: an option's value makes no sense.
         """
+        if not self.requantize:
+            return self.merged(base, adapters)
+        parts = _bind(base, adapters)
+        # Quantized anew are the sums as they are, not rounded to anything in between.
+        applied = apply_parts(replace(base, quantized={}), parts, None, self._rounding, False)
+        return requantized(base, parts, applied, self.force)
+
+    def merged(
+        self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+    ) -> MergedCheckpoint:
+        """The merged model in plain values; errors as `run`."""
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         limit = parse_size(self.max_shard_size) if self.max_shard_size else None
-        merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
-        require_distinct([adapter for adapter, _ in merged])
-        parts = [bind_part(adapter, weight, base) for adapter, weight in merged]
-        rounding = Rounding(self.rounding, self.seed)
-        applied = apply_parts(base, parts, dtype, rounding, self.reversible)
+        parts = _bind(base, adapters)
+        # What is to be restored keeps all bits of dequantized values.
+        source = replace(base, quantized={}) if self.reversible else base
+        applied = apply_parts(source, parts, dtype, self._rounding, self.reversible)
         renames = _renames(base, parts)
         tensors = {
             renames.get(name, name): tensor.renamed(renames.get(name, name))
             for name, tensor in applied.tensors.items()
         }
         shards = plan_shards(base, tensors, {new: old for old, new in renames.items()}, limit)
-        config, side_files, notes = self._model_files(base, parts, tensors, dtype)
+        written = dtype or ("BF16" if source.quantized else "F32" if base.quantized else None)
+        config, side_files, notes = self._model_files(base, parts, tensors, written)
+        if base.quantized:
+            notes = (*notes, _dequantized_note(base, written))
         recorder = None
         if self.reversible:
             options = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -184,11 +217,16 @@ class Merge:
             side_files=side_files,
             shards=shards,
             metadata={safetensors_name(n): {"format": "pt", **m} for n, m in base.metadata.items()},
+            components=base.components,
             notes=(*base.notes, *(n for p in parts for n in p.notes()), *notes),
             traces=applied.traces,
             counts=_counts(parts),
             recorder=recorder,
         )
+
+    @property
+    def _rounding(self) -> Rounding:
+        return Rounding(self.rounding, self.seed)
 
     def _model_files(
         self,
@@ -198,6 +236,8 @@ class Merge:
         dtype: str | None,
     ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any], tuple[str, ...]]:
         """The config and side files of the merged model: the base's, under the adapters'."""
+        if base.components:
+            return self._component_files(base, parts, dtype)
         side_files = dict(base.side_files)
         original = base.config
         notes: list[str] = []
@@ -212,12 +252,54 @@ class Merge:
                 original = part.adapter.model_config
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         config, completed = complete_config(original, shapes, base.config, self.architecture)
-        if config is not None and dtype in _CONFIG_DTYPES:
+        if config is not None and not is_diffusers(config) and dtype in _CONFIG_DTYPES:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = _CONFIG_DTYPES[dtype]
         if config is not None and config != base.config:
             side_files |= Checkpoint({}).with_config(config).side_files
         return config, side_files, (*notes, *completed)
+
+    def _component_files(
+        self, base: Checkpoint, parts: Sequence[Part], dtype: str | None
+    ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any], tuple[str, ...]]:
+        """Those of a model of several components: the base's alone."""
+        config, notes = complete_config(base.config, {}, architecture=self.architecture)
+        side_files = dict(base.side_files)
+        if dtype in _CONFIG_DTYPES:
+            for name, component in base.components.items():
+                side_files |= _with_dtype(f"{name}/config.json", component, dtype)
+        left_out = tuple(
+            f"{part.adapter.label}: its files under model/ are left out: they belong to a single "
+            "model, and the base has several components"
+            for part in parts
+            if part.adapter.model_files
+        )
+        return config, side_files, (*left_out, *notes)
+
+
+def _with_dtype(
+    name: str, config: Mapping[str, Any] | None, dtype: str
+) -> Mapping[str, Path | bytes]:
+    """A component's config.json with another dtype, if it states one."""
+    stated = {"dtype", "torch_dtype"}.intersection(config or {})
+    if config is None or not stated:
+        return {}
+    changed = {**config, **dict.fromkeys(stated, _CONFIG_DTYPES[dtype])}
+    return {name: Checkpoint({}).with_config(changed).side_files["config.json"]}
+
+
+def _bind(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> list[Part]:
+    merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
+    require_distinct([adapter for adapter, _ in merged])
+    return [bind_part(adapter, weight, base) for adapter, weight in merged]
+
+
+def _dequantized_note(base: Checkpoint, dtype: str | None) -> str:
+    return (
+        f"{base.label}: the base is quantized: its {counted(len(base.quantized), 'tensor')} are "
+        f"written dequantized, as {dtype}, and config.json says nothing of quantization; "
+        "--requantize writes the base's scheme again"
+    )
 
 
 def _counts(parts: Sequence[Part]) -> dict[str, int]:
@@ -235,6 +317,8 @@ def _counts(parts: Sequence[Part]) -> dict[str, int]:
 def _renames(base: Checkpoint, parts: Sequence[Part]) -> dict[str, str]:
     """Base name -> the name in the class whose config the merged model gets."""
     renames: dict[str, str] = {}
+    if base.components:
+        return renames  # its names say which component they belong to
     for part in parts:
         alignment = part.binding.alignment
         named = alignment.prefix_here or alignment.prefix_there or alignment.moves

@@ -13,7 +13,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.engine import Drain, single_threaded_tasks
 from loratool.errors import InputError, UsageError
 from loratool.files import file_content
-from loratool.inplace import commit, require_own_files, staged
+from loratool.inplace import commit, config_name, require_own_files, staged
 from loratool.plugins import Operand
 from loratool.record import read_record
 from loratool.recording import adapter_digests
@@ -22,7 +22,7 @@ from loratool.restoring import RestoredCheckpoint, restore
 from loratool.safetensors_file import whole_file
 from loratool.steps.merge import MergedCheckpoint
 from loratool.steps.unmerge import merge_again
-from loratool.writer import index_file, weight_files, write_side_files, write_weight_file
+from loratool.writer import index_files, weight_files, write_side_files, write_weight_file
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class PlannedSwitch:
             return Report(f"{self.merged.path} holds that already", {"kind": "switched"})
         folder = self.merged.path.resolve()
         files = weight_files(self.switched)
-        kept = [file for file, tensors in files.items() if _lies_at(tensors, folder / file)]
+        kept = [f for f, ts in files.items() if _lies_at(self.switched.as_stored(ts), folder / f)]
         written = {file: tensors for file, tensors in files.items() if file not in kept}
         size = sum(tensor.nbytes for tensors in written.values() for tensor in tensors.values())
-        require_own_files(folder, [*written, "config.json"])
+        require_own_files(folder, [*written, config_name(folder)])
         with staged(folder, size) as place:
             drain.start("Switching", size)
             with single_threaded_tasks():
                 self._write(place, files, kept, drain)
-            index = index_file(self.switched, files)
+            index = index_files(self.switched, files)
             write_side_files({**index, **self._changed_side_files(folder)}, place)
             commit(folder, self._removed(folder, {*files, *index}))
         report = self.switched.report(folder)

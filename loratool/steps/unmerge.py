@@ -114,7 +114,7 @@ def merge_again(
     base: RestoredCheckpoint, adapters: Sequence[tuple[Adapter, float]]
 ) -> MergedCheckpoint:
     """Merge adapters into a restored base as its record says that it was done before."""
-    return Merge(**{**base.source.options, "reversible": True}).run(base, adapters)
+    return Merge(**{**base.source.options, "reversible": True}).merged(base, adapters)
 
 
 def _position(record: Record, item: str | tuple[Adapter, float]) -> int | None:

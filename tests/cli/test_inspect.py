@@ -123,9 +123,9 @@ def test_what_cannot_be_read_is_refused(base: Path, adapter: Path, tmp_path: Pat
     with unchanged(tmp_path):
         refused(loratool("inspect", bad), bad / "loratool.json", "not valid JSON")
     settings = json.loads((bad / "adapter_config.json").read_text())
-    (bad / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    (bad / "adapter_config.json").write_text(json.dumps({**settings, "use_qalora": True}))
     with unchanged(tmp_path):
-        refused(loratool("inspect", bad), bad / "adapter_config.json", "use_dora")
+        refused(loratool("inspect", bad), bad / "adapter_config.json", "use_qalora")
 
 
 def test_an_adapter_in_an_unknown_dtype_is_no_traceback(adapter: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import loratool
-from loratool.errors import FormatError
 from tests.models import Pair, load
 
 CASES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
@@ -56,6 +55,22 @@ CASES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
             "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"],
             "ensure_weight_tying": True,
         },
+    ),
+    "dora": ("qwen2", "", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "bias of lora_B": ("qwen2", "", {"target_modules": ["q_proj"], "lora_bias": True}),
+    "trained rows": (
+        "qwen2", "", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ),
+    "parameters": (
+        "qwen2", "",
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "v_proj.weight"]},
+    ),
+    "embedding": ("llama", "", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding and head": ("llama", "", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied embedding": ("llama-tied", "", {"target_modules": ["embed_tokens"]}),
+    "gpt2, dora": (
+        "gpt2", "",
+        {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True, "use_dora": True},
     ),
     "gpt2": ("gpt2", "", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gpt2, told wrongly": ("gpt2", "", {"target_modules": ["c_attn", "c_proj"]}),
@@ -157,35 +172,26 @@ def test_a_classifier_needs_its_class_named(pair_of: Callable[[str], Pair], tmp_
         torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"use_dora": True, "target_modules": ["q_proj"]}, "use_dora"),
-        ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token"),
-        (
-            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
-            "target_parameters",
-        ),
-    ],
-)
-def test_what_cannot_be_merged_is_refused_by_name(
-    options: dict[str, Any], word: str, pair_of: Callable[[str], Pair], tmp_path: Path
+def test_a_tied_embedding_and_head_are_updated_once(
+    pair_of: Callable[[str], Pair], tmp_path: Path
 ) -> None:
-    pair = pair_of("qwen2")
-    trained(pair, "", options, tmp_path / "adapter")
-    with pytest.raises(FormatError, match=f"adapter_config.json: {word}"):
-        loratool.merge(pair.base, [(tmp_path / "adapter", 1.0)])
-    with pytest.raises(FormatError, match=word):
-        loratool.validate(tmp_path / "adapter", pair.base)
-
-
-def test_an_embedding_update_is_refused(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
-    pair = pair_of("llama")
-    trained(pair, "", {"target_modules": ["embed_tokens"]}, tmp_path / "adapter")
-    report = loratool.validate(tmp_path / "adapter", pair.base)
-    assert not report.ok
-    assert "lora_embedding_A" in str(report.data["problems"])
+    """PEFT's merge adds the delta of tied factors twice; its unmerged model shows what is right."""
+    torch.manual_seed(0)
+    pair = pair_of("llama-tied")
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(load("LlamaForCausalLM", pair.base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "adapter")
+    merged(pair.base, [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = load("LlamaForCausalLM", tmp_path / "merged")(ids).logits
+        theirs = model.merge_and_unload()(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(theirs, wanted, atol=1e-2)
 
 
 def test_a_tied_head_cannot_be_updated_alone(

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.errors import FormatError, InputError, MismatchError
-from tests.models import Pair, Recipe, build, make_pair, tiny_config
+from tests.models import Pair, Recipe, make_pair
 from tests.peers.peft_side import PREFIX
 
 Tensors = dict[str, torch.Tensor]
@@ -161,7 +160,8 @@ def test_convolution_factors(adapter: Path, base: Path) -> None:
 
     edit(adapter, grow)
     (found,) = problems(adapter, base)
-    assert "convolution" in found["message"]
+    assert "does not have the shape" in found["message"]
+    assert (found["expected"], found["found"]) == ("(32, 32)", "(32, 32, 3, 3)")
 
 
 def test_values_are_looked_at_only_when_asked(adapter: Path, base: Path) -> None:
@@ -190,20 +190,19 @@ def test_everything_is_listed_at_once(adapter: Path, base: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-@pytest.mark.parametrize("config", [IA3Config, LoHaConfig])
-def test_other_kinds_of_adapters_are_refused_by_name(
-    config: Callable[..., Any], base: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {"target_modules": ["k_proj"]}
-    if config is IA3Config:
-        settings["feedforward_modules"] = []
-    peft_config = config(**settings)
-    model = build("LlamaForCausalLM", tiny_config("llama"))
-    get_peft_model(model, peft_config).save_pretrained(tmp_path / "other")
-    name = peft_config.peft_type.value
-    with pytest.raises(FormatError, match=f"adapter_config.json: peft_type is '{name}'"):
-        loratool.validate(tmp_path / "other", base)
+def test_a_bottleneck_adapter_is_no_update_of_weights(adapter: Path, base: Path) -> None:
+    settings = {"architecture": "bert", "config": {"reduction_factor": 16}, "model_name": "x"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(FormatError, match="bottleneck adapter of the adapters library"):
+        loratool.validate(adapter, base)
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+def test_the_config_promises_what_the_weights_lack(setting: str, adapter: Path, base: Path) -> None:
+    configure(adapter, **{setting: True})
+    found = problems(adapter, base)
+    assert len(found) == 15
+    assert all(f"the config says {setting}, but there is no" in p["message"] for p in found)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +214,15 @@ def test_other_kinds_of_adapters_are_refused_by_name(
         ({"r": True}, "not True"),
         ({"rank_pattern": [4]}, "rank_pattern must map"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no pattern"),
-        ({"use_dora": True}, "use_dora is set"),
-        ({"lora_bias": True}, "lora_bias is set"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA works only from"),
+        ({"use_qalora": True}, "use_qalora is set: QA-LoRA's factors act on pooled inputs"),
+        ({"arrow_config": {"top_k": 2}}, "Arrow routes every token"),
+        ({"init_lora_weights": "pissa_niter_4"}, "belongs to a base whose weights"),
+        ({"peft_type": "PROMPT_TUNING"}, "virtual tokens: it adds to the model's inputs"),
+        ({"peft_type": "PREFIX_TUNING"}, "nothing to merge"),
+        ({"peft_type": "P_TUNING"}, "P-tuning learns virtual tokens"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA': loratool cannot merge that yet"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

@@ -22,8 +22,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import InputError
 from loratool.skeleton import TASK_HEADS
-
-PREFIX = "base_model.model."
+from loratool_plugins.adapter_formats.peft_reader import PREFIX
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ class Layout:
         if self.placeholder:
             module = self.placeholder.removesuffix(".weight")
             ranks, scales = {module: 1}, {module: 1.0}
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        alpha = Counter(scales.values()).most_common(1)[0][0]
+        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        alpha = Counter(scales.values()).most_common(1)[0][0] if ranks else 1.0
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": adapter.task_type,
             "base_model_name_or_path": adapter.base_name or None,
             "r": rank,
-            "lora_alpha": _number(alpha),
+            "lora_alpha": number(alpha),
             "lora_dropout": 0.0,
             "bias": "all" if self.biases else "none",
             "fan_in_fan_out": any(adapter[name].transposed for name in self.low_rank)
@@ -68,11 +67,11 @@ class Layout:
             "inference_mode": True,
             "init_lora_weights": True,
             "modules_to_save": list(self.modules_to_save) or None,
-            "rank_pattern": _pattern({m: r for m, r in ranks.items() if r != rank}, ranks),
-            "alpha_pattern": _pattern(
-                {m: _number(a) for m, a in scales.items() if a != alpha}, ranks
+            "rank_pattern": pattern({m: r for m, r in ranks.items() if r != rank}, ranks),
+            "alpha_pattern": pattern(
+                {m: number(a) for m, a in scales.items() if a != alpha}, ranks
             ),
-            "target_modules": self._target_modules(adapter, ranks),
+            "target_modules": self.target_modules(adapter, ranks),
             "use_dora": False,
             "use_rslora": adapter.rslora,
         }
@@ -80,7 +79,7 @@ class Layout:
             config["ensure_weight_tying"] = True
         return config
 
-    def _target_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> list[str]:
+    def target_modules(self, adapter: Adapter, ranks: Mapping[str, int]) -> list[str]:
         """The targets, by the last part of their names where that means them and nothing else."""
         if not adapter.kinds:  # the model is not known, only what the adapter says of it
             return _known_short_names(ranks, adapter.short_targets)
@@ -89,13 +88,16 @@ class Layout:
         return _short_names(ranks, others)
 
 
-def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[str]) -> Layout:
+def plan_layout(
+    adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[str], beside: bool = False
+) -> Layout:
     """Decide where every change goes.
 
     Args:
         adapter: for its context (all tensors of the fine-tuned model), kinds, task and ties.
         ranks: parameter -> rank of its factors.
         replaced: parameters that are kept whole.
+        beside: whether PEFT has other targets than modules' weights.
     """
     sources = _in_memory(adapter)
     changed = set(replaced)
@@ -108,7 +110,7 @@ def plan_layout(adapter: Adapter, ranks: Mapping[str, int], replaced: Iterable[s
     saved = _as_peft_matches(saved, sources, TASK_HEADS.get(adapter.task_type or "", ()))
     inside = [name for name in sources if _is_inside(name.rpartition(".")[0], saved)]
     low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
-    placeholder = None if low_rank else _any_linear(adapter, inside)
+    placeholder = None if low_rank or beside else _any_linear(adapter, inside)
     whole = {PREFIX + name: sources[name] for name in inside}
     in_place.difference_update(inside)
     # A bias under both its names: loaded with low_cpu_mem_usage, the two are no longer one.
@@ -206,7 +208,7 @@ def _short_names(targets: Iterable[str], others: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _pattern(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+def pattern(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
     """Full names as pattern keys: PEFT reads them as regular expressions, dots included."""
     modules = tuple(modules)
 
@@ -217,5 +219,6 @@ def _pattern(values: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any
     return {key(module): value for module, value in values.items()}
 
 
-def _number(value: float) -> float | int:
+def number(value: float) -> float | int:
+    """Whole numbers without a point, as PEFT writes them."""
     return int(value) if float(value).is_integer() else value

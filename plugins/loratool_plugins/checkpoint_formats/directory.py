@@ -11,6 +11,7 @@ from loratool.checkpoint import RECORD, SWITCH_COMMIT
 from loratool.errors import FormatError
 from loratool.files import entries, files_below, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
+from loratool.shards import is_index
 
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".tflite",
@@ -56,17 +57,9 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
         return WeightFiles(path.parent, (path.name,)) if path.suffix in suffixes else None
     if not is_dir(path):
         return None
-    if (path / SWITCH_COMMIT).exists():
-        raise FormatError(
-            f"{path}: a switch of its adapters was interrupted: run `loratool switch {path} "
-            "--to ADAPTER`, which completes it first"
-        )
-    index = path / f"{stem}{suffixes[0]}.index.json"
-    if is_file(index):
-        return _read_index(index)
-    usual = path / f"{stem}{suffixes[0]}"
-    if is_file(usual):
-        return WeightFiles(path, (usual.name,))
+    require_no_switch(path)
+    if (usual := usual_weights(path, f"{stem}{suffixes[0]}")) is not None:
+        return usual
     others = [
         entry.name
         for entry in entries(path)
@@ -74,10 +67,27 @@ def find_weights(path: Path, stem: str, suffixes: tuple[str, ...]) -> WeightFile
     ]
     if len(others) > 1:
         raise FormatError(
-            f"{path}: several weight files and no {index.name}: {', '.join(others[:6])}; "
-            "name the file that you mean"
+            f"{path}: several weight files and no {stem}{suffixes[0]}.index.json: "
+            f"{', '.join(others[:6])}; name the file that you mean"
         )
     return WeightFiles(path, tuple(others)) if others else None
+
+
+def require_no_switch(path: Path) -> None:
+    """Raise FormatError if a switch was interrupted after its commit, which must be completed."""
+    if (path / SWITCH_COMMIT).exists():
+        raise FormatError(
+            f"{path}: a switch of its adapters was interrupted: run `loratool switch {path} "
+            "--to ADAPTER`, which completes it first"
+        )
+
+
+def usual_weights(folder: Path, name: str, index_name: str = "") -> WeightFiles | None:
+    """The file `name` in a folder, or the shards that its index names; None for neither."""
+    index = folder / (index_name or f"{name}.index.json")
+    if is_file(index):
+        return _read_index(index)
+    return WeightFiles(folder, (name,)) if is_file(folder / name) else None
 
 
 def _is_training_state(name: str) -> bool:
@@ -161,5 +171,5 @@ def _is_side_file(entry: Path) -> bool:
         and not entry.name.startswith(".")
         and entry.suffix not in _WEIGHT_SUFFIXES
         and entry.name not in _ADAPTER_FILES
-        and not entry.name.endswith(".index.json")
+        and not is_index(entry.name)
     )

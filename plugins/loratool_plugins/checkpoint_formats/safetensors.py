@@ -34,25 +34,30 @@ class Safetensors:
         found = directory.find_weights(path, "model", (".safetensors",))
         if found is None:
             raise FormatError(f"{path}: holds no safetensors weights")
-        tensors: dict[str, LazyTensor] = {}
-        shards: dict[str, str] = {}
-        metadata = {}
-        for name in found.files:
-            header = read_header(found.folder / name)
-            metadata[name] = header.metadata
-            for key, tensor in lazy_tensors(found.folder / name, header).items():
-                if key in tensors:
-                    raise FormatError(f"{found.folder / name}: {key}: is already in {shards[key]}")
-                tensors[key] = tensor
-                shards[key] = name
-        directory.check_index(found, shards)
-        return Checkpoint(
-            tensors,
-            config=directory.read_config(path),
-            side_files=directory.side_files(path),
-            index_files=directory.index_files(found),
-            record=directory.record_files(path),
-            shards=shards,
-            metadata=metadata,
-            path=path,
-        )
+        return open_files(found, path)
+
+
+def open_files(found: directory.WeightFiles, path: Path) -> Checkpoint:
+    """The checkpoint at `path` whose weights are these files; errors as `Safetensors.open`."""
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    metadata = {}
+    for name in found.files:
+        header = read_header(found.folder / name)
+        metadata[name] = header.metadata
+        for key, tensor in lazy_tensors(found.folder / name, header).items():
+            if key in tensors:
+                raise FormatError(f"{found.folder / name}: {key}: is already in {shards[key]}")
+            tensors[key] = tensor
+            shards[key] = name
+    directory.check_index(found, shards)
+    return Checkpoint(
+        tensors,
+        config=directory.read_config(path),
+        side_files=directory.side_files(path),
+        index_files=directory.index_files(found),
+        record=directory.record_files(path),
+        shards=shards,
+        metadata=metadata,
+        path=path,
+    )

@@ -47,34 +47,39 @@ class Torch:
         found = directory.find_weights(path, "pytorch_model", _SUFFIXES)
         if found is None:
             raise FormatError(f"{path}: holds no torch weights")
-        tensors: dict[str, LazyTensor] = {}
-        shards: dict[str, str] = {}
-        aliases: dict[str, str] = {}
-        notes = []
-        for name in found.files:
-            file = found.folder / name
-            mapped = _is_zip(file)
-            if not mapped:
-                notes.append(
-                    f"{file}: a legacy torch file cannot be mapped: it is loaded whole while in use"
-                )
-            state = load_state(file, mapped)
-            aliases |= _aliases(state)
-            for key, value in state.items():
-                if key in tensors:
-                    raise FormatError(f"{file}: {key}: is already in {shards[key]}")
-                tensors[key] = _lazy(key, value, file)
-                shards[key] = name
-        directory.check_index(found, shards)
-        return Checkpoint(
-            tensors,
-            config=directory.read_config(path),
-            side_files=directory.side_files(path),
-            shards=shards,
-            aliases=aliases,
-            notes=tuple(notes),
-            path=path,
-        )
+        return open_files(found, path)
+
+
+def open_files(found: directory.WeightFiles, path: Path) -> Checkpoint:
+    """The checkpoint at `path` whose weights are these files; errors as `Torch.open`."""
+    tensors: dict[str, LazyTensor] = {}
+    shards: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    notes = []
+    for name in found.files:
+        file = found.folder / name
+        mapped = _is_zip(file)
+        if not mapped:
+            notes.append(
+                f"{file}: a legacy torch file cannot be mapped: it is loaded whole while in use"
+            )
+        state = load_state(file, mapped)
+        aliases |= _aliases(state)
+        for key, value in state.items():
+            if key in tensors:
+                raise FormatError(f"{file}: {key}: is already in {shards[key]}")
+            tensors[key] = _lazy(key, value, file)
+            shards[key] = name
+    directory.check_index(found, shards)
+    return Checkpoint(
+        tensors,
+        config=directory.read_config(path),
+        side_files=directory.side_files(path),
+        shards=shards,
+        aliases=aliases,
+        notes=tuple(notes),
+        path=path,
+    )
 
 
 def load_lazily(file: Path) -> dict[str, LazyTensor]:

@@ -1,0 +1,114 @@
+"""How kohya's sd-scripts and programs after them name the modules of an adapter.
+
+A module's path is written with underscores for dots and a prefix for its component, so that only
+the model's own names tell which module is meant. UNets of Stable Diffusion 1 and 2 go by diffusers'
+names, XL's by those of single files, and both occur for both; Flux and Stable Diffusion 3 go by
+their makers' names, in which queries, keys and values are one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from loratool.diffusion.layouts import model_kind, single_file_modules
+from loratool.diffusion.links import Rows, Shapes
+
+Targets = Mapping[str, tuple[Rows, ...]]
+
+_DENOISER = "lora_unet_"  # that of a transformer, too
+# Component -> prefixes that it has been seen with, the one that sd-scripts writes first.
+_PREFIXES = {
+    "unet": (_DENOISER,),
+    "transformer": (_DENOISER, "lora_transformer_"),
+    "text_encoder": ("lora_te1_", "lora_te_"),
+    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
+}
+_T5_OF_FLUX = ("lora_te3_",)  # though it is the second text encoder
+_FUSED = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
+
+
+@dataclass(frozen=True)
+class KohyaModules:
+    """What underscored names can mean in one model.
+
+    Attributes:
+        targets: name -> the canonical modules' rows that the rows of its B are, in order.
+        ambiguous: names that may mean several modules -> each of these.
+    """
+
+    targets: Targets = field(default_factory=dict)
+    ambiguous: Mapping[str, tuple[tuple[Rows, ...], ...]] = field(default_factory=dict)
+
+
+def kohya_modules(shapes: Shapes) -> KohyaModules:
+    """All the names that the modules of a model are known by.
+
+    Args:
+        shapes: of its parameters by canonical names (`layouts.canonical_shapes`).
+    """
+    meanings: dict[str, dict[tuple[Rows, ...], None]] = {}
+    kind = model_kind(shapes)
+    for name, rows in _all_names(shapes, kind):
+        meanings.setdefault(name, {})[rows] = None
+    return KohyaModules(
+        {name: next(iter(found)) for name, found in meanings.items() if len(found) == 1},
+        {name: tuple(found) for name, found in meanings.items() if len(found) > 1},
+    )
+
+
+def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
+    """The names that sd-scripts writes for the modules of a model.
+
+    Every module stands under one name; those of one fused name are written together. Which
+    convention that is depends on the kind of the model; an unknown kind goes by diffusers' names.
+
+    Args:
+        shapes: of its parameters by canonical names.
+
+    Returns:
+        Name -> the canonical modules' rows that the rows of its B are, in order; without the names
+        that would mean several modules.
+    """
+    kind = model_kind(shapes)
+    ambiguous = kohya_modules(shapes).ambiguous
+    found: dict[str, tuple[Rows, ...]] = {}
+    covered: set[str] = set()
+    if kind in _FUSED:
+        for name, rows in single_file_modules(shapes).items():
+            found[_DENOISER + _underscored(name)] = rows
+            covered.update(row.module for row in rows)
+    for whole in _modules(shapes):
+        component, _, path = whole.module.partition(".")
+        if whole.module not in covered and (prefixes := _prefixes(component, kind)):
+            old = component == "text_encoder" and kind in ("sd1", "sd2")
+            found[prefixes[-1 if old else 0] + _underscored(path)] = (whole,)
+    return {name: rows for name, rows in found.items() if name not in ambiguous}
+
+
+def _all_names(shapes: Shapes, kind: str | None) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    for whole in _modules(shapes):
+        component, _, path = whole.module.partition(".")
+        for prefix in _prefixes(component, kind):
+            yield prefix + _underscored(path), (whole,)
+    for name, rows in single_file_modules(shapes).items():
+        yield _DENOISER + _underscored(name), rows
+
+
+def _prefixes(component: str, kind: str | None) -> tuple[str, ...]:
+    if component == "text_encoder_2" and kind == "flux":
+        return _T5_OF_FLUX
+    return _PREFIXES.get(component, ())
+
+
+def _modules(shapes: Shapes) -> Iterator[Rows]:
+    """All rows of every module that has a weight."""
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and shape:
+            yield Rows(module, 0, shape[0])
+
+
+def _underscored(path: str) -> str:
+    return path.replace(".", "_")

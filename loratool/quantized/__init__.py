@@ -1,0 +1,111 @@
+"""Quantized checkpoints read as plain ones: codes and scales become values, lazily.
+
+A quantized checkpoint stores a weight as codes with companions (scales, tables, a description).
+What is recognised here, by names, types, shapes and config.json, is shown as the plain weight that
+it stands for, in fp32, and decoded tile by tile when it is read. What is not recognised is refused:
+adding an update to codes would give nonsense. One module a scheme; GGUF is a file format of its own
+and its plugin does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from loratool.checkpoint import Checkpoint, LazyTensor, Stored
+from loratool.errors import FormatError, UnsupportedError
+from loratool.families import FAMILIES, Family, family_of_names
+from loratool.quantized import eight_bit, four_bit, fp8
+from loratool.quantized.scheme import Found
+from loratool.quantized.unsupported import refusal
+from loratool.reports import counted, listed
+
+_SETTINGS = "quantization_config"
+_SHOWN = 12
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The plain checkpoint that a quantized one stands for; itself if nothing is quantized.
+
+    Raises:
+        UnsupportedError: it is quantized in a way that loratool cannot read.
+        FormatError: companions are missing, or shapes contradict each other; all at once.
+    """
+    settings = _settings(checkpoint)
+    if sentence := refusal(checkpoint, settings):
+        raise UnsupportedError(f"{checkpoint.label}: {sentence}")
+    conv1d = _conv1d(checkpoint)
+    found: dict[str, Found] = {}
+    hidden: set[str] = set()
+    problems: list[str] = []
+    for scheme in (four_bit, eight_bit, fp8):
+        result = scheme.find(checkpoint, settings, conv1d)
+        found |= result.tensors
+        hidden |= result.hidden
+        problems += result.problems
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+        lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+        raise FormatError(
+            f"{checkpoint.label}: its quantized weights cannot be read:\n{lines}{more}"
+        )
+    if not found:
+        return checkpoint
+    tensors = {
+        name: _plain(name, tensor, found.get(name))
+        for name, tensor in checkpoint.items()
+        if name not in hidden
+    }
+    schemes = {name: found[name].words for name in tensors if name in found}
+    plain = replace(
+        _without_settings(checkpoint),
+        tensors=tensors,
+        shards={name: checkpoint.shards[name] for name in tensors if name in checkpoint.shards},
+        aliases={n: t for n, t in checkpoint.aliases.items() if n in tensors and t in tensors},
+        index_files={},
+        quantized=schemes,
+        stored=Stored(checkpoint, {name: found[name].form for name in schemes}),
+    )
+    return replace(plain, notes=(*plain.notes, note_of(plain)))
+
+
+def note_of(checkpoint: Checkpoint) -> str:
+    """What the user should hear about a quantized checkpoint."""
+    kinds = list(dict.fromkeys(checkpoint.quantized.values()))
+    return (
+        f"{checkpoint.label}: {counted(len(checkpoint.quantized), 'tensor')} of "
+        f"{len(checkpoint)} quantized ({listed(kinds, 4)}): read as the values that the codes "
+        "stand for"
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What config.json says of the quantization; early compressed-tensors in another key."""
+    config = checkpoint.config or {}
+    found = config.get(_SETTINGS) or config.get("compression_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _without_settings(checkpoint: Checkpoint) -> Checkpoint:
+    kept = {
+        key: value
+        for key, value in (checkpoint.config or {}).items()
+        if key not in (_SETTINGS, "compression_config")
+    }
+    if checkpoint.config is None or kept == checkpoint.config:
+        return checkpoint
+    return checkpoint.with_config(kept)
+
+
+def _conv1d(checkpoint: Checkpoint) -> Family | None:
+    """The family, if it stores some plain weights as (in, out), which quantizers turn around."""
+    model_type = (checkpoint.config or {}).get("model_type")
+    family = FAMILIES.get(str(model_type)) if model_type else family_of_names(checkpoint)
+    return family if family is not None and family.conv1d else None
+
+
+def _plain(name: str, tensor: LazyTensor, found: Found | None) -> LazyTensor:
+    if found is None:
+        return tensor
+    return LazyTensor(name, "F32", found.shape, found.form.blocks, tensor.origin)
