@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.binding import bind
 from loratool.card_choice import Licensed, Wishes, choose
 from loratool.checkpoint import RECORD, Checkpoint
@@ -81,7 +81,7 @@ def _prepare(folder: Path, wishes: Wishes, license_of: Licensed) -> Publication:
 
 def _validate(folder: Path, found: Survey, base: Checkpoint | None) -> None:
     if isinstance(found.opened, Adapter):
-        adapter = found.opened
+        adapter = found.opened.reread(FormatOptions(base=base))
         problems = bind(adapter, base).problems if base is not None else adapter.problems
         raise_problems(f"{folder}: is not published:", [*problems, *non_finite(adapter)])
         if not adapter:
