@@ -41,14 +41,16 @@ _SHOWN = 6
 class Gguf:
     """A GGUF file, its first part, or a directory with one GGUF model; headers only."""
 
-    def detect(self, path: Path) -> bool:
-        """Whether there is a GGUF file; weights in another format beside it go before it."""
+    def objection(self, path: Path) -> str:
+        """Why there is no GGUF file; weights in another format beside it go before it."""
         if is_file(path):
-            return path.suffix == _SUFFIX or read_start(path, 4) == _MAGIC
-        if not is_dir(path):
-            return False
+            named = path.suffix == _SUFFIX or read_start(path, 4) == _MAGIC
+            return "" if named else "does not begin like a GGUF file"
         suffixes = {entry.suffix for entry in entries(path) if is_file(entry)}
-        return _SUFFIX in suffixes and not suffixes & _OTHER_WEIGHTS
+        if _SUFFIX not in suffixes:
+            return f"no {_SUFFIX} file"
+        others = sorted(suffixes & _OTHER_WEIGHTS)
+        return f"{others[0]} files go before {_SUFFIX}" if others else ""
 
     def open(self, path: Path) -> Checkpoint:
         """Open it by its header.
