@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loratool.conversion import find_stored, is_taken_for_experts
+from loratool.diffusion.kinds import is_table
+from loratool.diffusion.layouts import ldm_pieces
 from loratool.errors import InputError, UsageError
 from loratool.families import (
     FAMILIES,
@@ -123,13 +125,15 @@ def build_skeleton(
         InputError: transformers does not know the class, or a tensor.
     """
     if is_diffusers(config):
-        return Skeleton(_kinds_by_name(shapes, None))
+        return Skeleton(_diffusion_kinds(shapes))
     model_type = (config or {}).get("model_type")
     family = FAMILIES.get(str(model_type)) if model_type else family_of_names(shapes)
     if family is not None:
         return Skeleton(_kinds_by_name(shapes, family), _tied(family, config, shapes))
     if config and architecture_of(config) and model_type:
         return _from_transformers(config, shapes, strict)
+    if ldm_pieces(shapes):
+        return Skeleton(_diffusion_kinds(shapes))
     note = "the model's family is unknown: linear weights were told by their names and shapes"
     return Skeleton(_kinds_by_name(shapes, None), notes=(note,), guessed=True)
 
@@ -155,6 +159,12 @@ def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
         return "linear"
 
     return {name: kind(name, shape) for name, shape in shapes.items()}
+
+
+def _diffusion_kinds(shapes: Shapes) -> dict[str, Kind]:
+    kinds = _kinds_by_name(shapes, None)
+    tables = (name for name, kind in kinds.items() if kind == "linear")
+    return kinds | {n: "embedding" for n in tables if is_table(n.removesuffix(".weight"))}
 
 
 def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> dict[str, str]:

@@ -152,15 +152,15 @@ class _Plan:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def is_part(self) -> bool:
+        """Whether the fine-tune is a pipeline or a part of one, whose files no adapter carries."""
+        return bool(self.base.components) or is_diffusers(self.config)
+
+    @property
     def kinds(self) -> dict[str, str]:
         """Parameter -> kind; what PEFT cannot adapt is nothing that can be adapted."""
         kinds: dict[str, str] = dict(self.skeleton.kinds)
         return kinds | dict.fromkeys(self.skeleton.unreachable, "other")
-
-    @property
-    def is_part(self) -> bool:
-        """Whether the fine-tune is a pipeline or a part of one, whose files no adapter carries."""
-        return bool(self.base.components) or is_diffusers(self.config)
 
 
 def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
@@ -199,6 +199,7 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
     notes += _lost_settings(base, finetuned)
+    notes += [_quantization_note(model) for model in (base, finetuned) if model.quantized]
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -232,10 +233,8 @@ def _base_skeleton(
     base: Checkpoint, config: Mapping[str, Any] | None, skeleton: Skeleton
 ) -> Skeleton:
     """How the base lies on disk: by its own config.json, or else as the fine-tune's class."""
-    if config is None or skeleton.guessed or is_diffusers(config):
+    if config is None or skeleton.guessed or config.get("model_type") in FAMILIES:
         return skeleton  # as in memory
-    if config.get("model_type") in FAMILIES:
-        return skeleton
     found, _ = complete_config(base.config, _shapes(base), config)
     known = found if found and is_known(found) else config
     return build_skeleton(known, _shapes(base), strict=False)
@@ -263,6 +262,14 @@ def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
 def _essence(source: Path | bytes, name: str) -> dict[str, Any]:
     content = parse_json(file_content(source), name)
     return {k: v for k, v in content.items() if not k.startswith("_") and k not in _VOLATILE}
+
+
+def _quantization_note(model: Checkpoint) -> str:
+    return (
+        f"{model.label}: is quantized: unless the other one was made from its values, the "
+        "difference contains its quantization error, which is no low-rank update and is captured "
+        "in part at best"
+    )
 
 
 def _smaller_than(
