@@ -61,8 +61,10 @@ class Loss:
     @property
     def words(self) -> str:
         """The norms and the share, for people."""
-        share = format_share(max(0.0, self.survived))
-        return f"error {self.error:.3g}, update {self.update:.3g}, of which {share} is left"
+        return (
+            f"error {self.error:.3g}, update {self.update:.3g}, of which {_share(self.survived)} "
+            "is left"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,13 @@ class RequantizedCheckpoint(Checkpoint):
         """What was done; call it after draining."""
         error = math.hypot(*(loss.error for loss in self.losses.values()))
         update = math.hypot(*(loss.update for loss in self.losses.values()))
+        kept = sum(loss.survived * loss.update**2 for loss in self.losses.values())
+        share = kept / update**2 if update else None
         lines = [
             ", ".join(f"{counted(n, 'tensor')} {what}" for what, n in self.counts.items() if n),
             f"requantization error ||Q(W + d) - (W + d)||: {error:.4g}, beside the update's norm "
             f"||d||: {update:.4g}{_ratio(error, update)}",
+            *([] if share is None else [f"share of the update that survived: {_share(share)}"]),
             f"size: {format_bytes(self.nbytes)}",
         ]
         drowned = [name for name, loss in self.losses.items() if loss.drowns]
@@ -125,7 +130,7 @@ class RequantizedCheckpoint(Checkpoint):
                 f"{loss.error:.4g}",
                 f"{loss.update:.4g}",
                 f"{loss.error / loss.update:.3g}" if loss.update else "no update",
-                format_share(max(0.0, loss.survived)),
+                _share(loss.survived),
             )
             for name, loss in self.losses.items()
         )
@@ -134,6 +139,7 @@ class RequantizedCheckpoint(Checkpoint):
             "kind": "requantized",
             "error": error,
             "update": update,
+            "survived": share,
             "drowned": drowned,
             "counts": dict(self.counts),
             "bytes": self.nbytes,
@@ -141,6 +147,10 @@ class RequantizedCheckpoint(Checkpoint):
         }
         table = Table(columns, rows, optional=("scheme",))
         return Report(f"Merged {target}", data, tuple(lines), table, tuple(notes))
+
+
+def _share(share: float) -> str:
+    return format_share(max(0.0, share))
 
 
 def _ratio(error: float, update: float) -> str:
