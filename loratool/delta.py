@@ -59,7 +59,7 @@ class DeltaReader:
     def factorize(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
     ) -> LowRank | None:
-        """Factorize tuned - base, or None if they are equal.
+        """Factorize tuned - base, or None if they are equal, be it in different types.
 
         Args:
             base: (out, in), or (in, out) if `transposed`.
@@ -74,6 +74,8 @@ class DeltaReader:
             return None
         before, after = base.read(), tuned.read()
         delta = self._delta(before, after)
+        if base.dtype != tuned.dtype and not delta.any():
+            return None
         generator = named_generator(self._seed, tuned.name)
         try:
             found = self._factorizer.factorize(delta, self._policy, generator)
@@ -103,7 +105,7 @@ class DeltaReader:
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
         if change == 0 and base.dtype != tuned.dtype:
-            return None  # the same values in another type: F32 norms in GGUF files
+            return None
         return Replacement(tuned, change / norm if norm else math.inf)
 
     def _read(self, base: LazyTensor, tuned: LazyTensor) -> bool:
