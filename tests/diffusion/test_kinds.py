@@ -25,15 +25,12 @@ CLASSES: dict[str, dict[str, Any]] = {
     "GlmImageTransformer2DModel": {"num_layers": 1},
     "AutoencoderKL": {},
     "UniDiffuserTextDecoder": {
-        "prefix_length": 4,
-        "prefix_inner_dim": 8,
-        "n_embd": 16,
-        "n_head": 2,
-        "n_layer": 1,
+        "prefix_length": 4, "prefix_inner_dim": 8, "prefix_hidden_dim": 6, "n_embd": 16,
+        "n_head": 2, "n_layer": 1,
     },
     "VQModel": {},
     "T5FilmDecoder": {"num_layers": 1},
-}
+}  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> str:
