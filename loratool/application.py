@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.binding import Binding, BoundUpdate, bind
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import is_float
@@ -63,6 +63,7 @@ def bind_part(adapter: Adapter, weight: float, base: Checkpoint) -> Part:
             f"scaled, so the weight {weight:g} means nothing: merge it with 1, or make plain LoRA "
             "of it first (loratool convert --to-lora)"
         )
+    adapter = adapter.reread(FormatOptions(base=base))
     binding = bind(adapter, base)
     raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
     return Part(adapter, weight, binding)

@@ -22,9 +22,6 @@ from loratool.pieces import Piece
 from loratool.skeleton import Skeleton
 from loratool.targets import Targets, targets_of
 
-# Companions of quantized weights in the common schemes.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
-
 
 @dataclass(frozen=True)
 class BoundUpdate:
@@ -200,9 +197,6 @@ def _storage_problems(update: LazyUpdate, target: str, base: Checkpoint) -> list
     if not is_float(dtype):
         message = f"{target} is quantized or integer in the base: updates cannot be added to it"
         problems.append(Problem("error", update.name, message, "a float dtype", dtype))
-    if any(f"{target}{end}" in base for end in _SCALE_SUFFIXES):
-        message = f"{target} is stored with block scales: updates cannot be added to its codes"
-        problems.append(Problem("error", update.name, message))
     return problems
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +94,7 @@ def save_adapter(
         drain.start(adapter.provenance.doing, sum(update.nbytes for update in updates))
         with single_threaded_tasks():
             results = outcome.watch(_compute(list(adapter.values()), executor, drain))
-            writer.write(adapter, results, folder)
+            notes = writer.write(adapter, results, folder) or ()
             for update, found in _compute(list(adapter.left_out.values()), executor, drain):
                 outcome.leave_out(update, found)
         outcome.check()
@@ -110,7 +110,8 @@ def save_adapter(
         card = model_card(adapter, outcome, library, usage)
         write_file(folder / "README.md", card.encode())
         write_file(folder / MANIFEST, manifest(data))
-    return outcome.report(target, size, data)
+    report = outcome.report(target, size, data)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def refusals(adapter: Adapter, writer: plugins.AdapterFormat) -> list[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.alignment import Alignment, align
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
@@ -35,6 +35,7 @@ def in_one_naming(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[
         for one, other in combinations(adapters, 2):
             _require_one_naming(one, other)
         return list(adapters)
+    adapters = [adapter.reread(FormatOptions(base=base)) for adapter in adapters]
     bindings = [_bound(adapter, base) for adapter in adapters]
     chosen = reference(adapters)
     target = next(b for a, b in zip(adapters, bindings, strict=True) if a is chosen).alignment

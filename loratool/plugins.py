@@ -152,8 +152,11 @@ class AdapterFormat(Protocol):
 
     def write(
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
-    ) -> None:
+    ) -> tuple[str, ...] | None:
         """Write it into an existing, empty folder.
+
+        Returns:
+            What the user should hear of how it was written, if anything.
 
         Args:
             adapter: what to write; its `updates` are not read, `results` are.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.binding import bind
 from loratool.card_choice import Licensed, Wishes, choose
 from loratool.checkpoint import RECORD, Checkpoint
@@ -35,7 +35,7 @@ from loratool.safetensors_file import read_header
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
-_WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".bin")
+_WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".bin", ".gguf")
 # JSON files of words, any of which may look like a path.
 _WORDS = re.compile(r"(^|/)(tokenizer|vocab[^/]*|added_tokens|special_tokens_map)\.json$")
 _NAMED_STRAYS = 8
@@ -81,7 +81,7 @@ def _prepare(folder: Path, wishes: Wishes, license_of: Licensed) -> Publication:
 
 def _validate(folder: Path, found: Survey, base: Checkpoint | None) -> None:
     if isinstance(found.opened, Adapter):
-        adapter = found.opened
+        adapter = found.opened.reread(FormatOptions(base=base))
         problems = bind(adapter, base).problems if base is not None else adapter.problems
         raise_problems(f"{folder}: is not published:", [*problems, *non_finite(adapter)])
         if not adapter:

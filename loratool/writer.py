@@ -310,7 +310,7 @@ class Spool:
         self._path.unlink()
 
     def add(self, name: str, tensor: torch.Tensor) -> LazyTensor:
-        """Append a tensor; what is returned can be written from its extent."""
+        """Append a tensor; what is returned can be read, or copied from its extent."""
         from loratool.dtypes import dtype_name
 
         offset = self._file.tell()
@@ -318,9 +318,14 @@ class Spool:
         self._file.write(data)
         self._file.flush()
         extent = Extent(self._path, offset, len(data))
-        dtype = dtype_name(tensor.dtype)
-        return LazyTensor(name, dtype, tuple(tensor.shape), _no_blocks, str(self._path), extent)
+        dtype, shape = tensor.dtype, tuple(tensor.shape)
 
+        def blocks() -> Iterator[torch.Tensor]:
+            import torch
 
-def _no_blocks() -> Iterator[torch.Tensor]:
-    raise AssertionError("a spooled tensor is copied from its extent")
+            with extent.path.open("rb") as file:
+                file.seek(extent.offset)
+                raw = bytearray(file.read(extent.length))
+            yield torch.frombuffer(raw, dtype=dtype).view(shape) if raw else tensor.new_empty(shape)
+
+        return LazyTensor(name, dtype_name(dtype), shape, blocks, str(self._path), extent)

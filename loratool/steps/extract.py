@@ -211,6 +211,7 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
     notes += _lost_settings(base, finetuned)
+    notes += [_quantization_note(model) for model in (base, finetuned) if model.quantized]
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -273,6 +274,14 @@ def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
 def _essence(source: Path | bytes, name: str) -> dict[str, Any]:
     content = parse_json(file_content(source), name)
     return {k: v for k, v in content.items() if not k.startswith("_") and k not in _VOLATILE}
+
+
+def _quantization_note(model: Checkpoint) -> str:
+    return (
+        f"{model.label}: is quantized: unless the other one was made from its values, the "
+        "difference contains its quantization error, which is no low-rank update and is captured "
+        "in part at best"
+    )
 
 
 def _smaller_than(

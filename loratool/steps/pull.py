@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.binding import bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, MismatchError, raise_problems
@@ -116,7 +116,7 @@ def _check(found: Adapter | Checkpoint, base: Checkpoint | None) -> Iterator[str
     if isinstance(found, Adapter):
         raise_problems(f"{found.label} cannot be used:", found.problems)
         if base is not None:
-            problems = bind(found, base).problems
+            problems = bind(found.reread(FormatOptions(base=base)), base).problems
             raise_problems(f"{found.label} does not fit {base.label}:", problems)
             yield from (str(problem) for problem in problems)
     elif base is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, FormatOptions
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import Problem, UsageError
@@ -65,6 +65,7 @@ class Validate:
         """
         if merged is None and self.weight != 1:
             raise UsageError("--weight is the strength to look for in --merged REF: give that, too")
+        adapter = adapter.reread(FormatOptions(base=base))
         binding = bind(adapter, base)
         problems = list(binding.problems)
         if self.deep or merged is not None:

@@ -89,8 +89,18 @@ def open_files(found: directory.WeightFiles, path: Path) -> Checkpoint:
 
 def load_lazily(file: Path) -> dict[str, LazyTensor]:
     """The tensors of one torch file; errors as `load_state`."""
+    return load_with_metadata(file)[0]
+
+
+def load_with_metadata(file: Path) -> tuple[dict[str, LazyTensor], Mapping[str, Any]]:
+    """The tensors of one torch file, and what the state dict itself says; errors as `load_state`.
+
+    The latter is the attribute `_metadata` that torch gives to state dicts: module -> facts.
+    """
     state = load_state(file, _is_zip(file))
-    return {name: _lazy(name, value, file) for name, value in state.items()}
+    said = getattr(state, "_metadata", None)
+    tensors = {name: _lazy(name, value, file) for name, value in state.items()}
+    return tensors, said if isinstance(said, Mapping) else {}
 
 
 def _is_zip(file: Path) -> bool:

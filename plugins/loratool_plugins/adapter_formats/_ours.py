@@ -1,0 +1,95 @@
+"""What a format cannot say of an adapter: kept in the metadata of its files, under one key.
+
+So that an adapter that loratool wrote comes back whole, without its base, from any format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.errors import FormatError
+from loratool.files import entries, is_dir, is_file
+from loratool.json_files import read_json
+
+KEY = "loratool"
+
+
+def text_of(adapter: Adapter, said: Collection[str] = (), **more: Any) -> str:
+    """The metadata of an adapter, as JSON.
+
+    Args:
+        adapter: what is written.
+        said: the names of those `Adapter` fields that the format can say itself.
+        more: what the format wants to remember besides; plain JSON values.
+    """
+    facts: dict[str, Any] = {
+        "dropped": list(adapter.dropped),
+        "tied": dict(adapter.tied),
+        "moves": [list(move) for move in adapter.moves],
+        "task_type": adapter.task_type,
+        "base_name": adapter.base_name,
+        "base_revision": adapter.base_revision,
+        "naming": adapter.naming,
+        "rslora": adapter.rslora,
+        "short_targets": {name: sorted(found) for name, found in adapter.short_targets.items()},
+        "transposed": [name for name, update in adapter.items() if update.transposed],
+        "settings": dict(adapter.settings),
+    }
+    kept = {name: value for name, value in facts.items() if name not in said and value}
+    return json.dumps({**kept, **more}, sort_keys=True)
+
+
+def parsed(text: str | None, label: str) -> dict[str, Any]:
+    """The metadata as plain data, {} if there is none; FormatError naming `label` otherwise."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise FormatError(f"{label}: its {KEY} metadata is not a JSON object")
+    return found
+
+
+def restored(ours: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The fields of an `Adapter` that the metadata tells.
+
+    Raises:
+        FormatError: one of them is not what loratool writes.
+    """
+    found: dict[str, Any] = {}
+    try:
+        for name in ("dropped", "transposed"):
+            found[name] = tuple(map(_text, ours.get(name, ())))
+        for name in ("task_type", "base_name", "base_revision", "naming"):
+            if name in ours:
+                found[name] = _text(ours[name])
+        for name in ("tied", "short_targets", "settings"):
+            found[name] = dict(ours.get(name, {}))
+        found["tied"] = {old: _text(new) for old, new in found["tied"].items()}
+        found["short_targets"] = {
+            name: frozenset(map(_text, modules)) for name, modules in found["short_targets"].items()
+        }
+        found["moves"] = tuple((_text(old), _text(new)) for old, new in ours.get("moves", ()))
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{label}: its {KEY} metadata is not what loratool writes") from error
+    found["rslora"] = ours.get("rslora") is True
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def model_files(path: Path) -> tuple[dict[str, Path], dict[str, Any] | None]:
+    """The files under an adapter directory's model/, by name, and the config.json among them."""
+    model = path / "model"
+    if not is_dir(model):
+        return {}, None
+    found = {file.name: file for file in entries(model) if is_file(file)}
+    return found, read_json(found["config.json"]) if "config.json" in found else None
