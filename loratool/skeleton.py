@@ -163,6 +163,7 @@ def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
 
 def _diffusion_kinds(shapes: Shapes) -> dict[str, Kind]:
     kinds = _kinds_by_name(shapes, None)
+    kinds |= {name: "conv" for name, shape in shapes.items() if _is_plain_convolution(name, shape)}
     for name, kind in kinds.items():
         if kind == "linear":
             module = name.removesuffix(".weight")
@@ -170,6 +171,13 @@ def _diffusion_kinds(shapes: Shapes) -> dict[str, Kind]:
                 "embedding" if is_table(module) else "conv1d" if is_conv1d(module) else "linear"
             )
     return kinds
+
+
+def _is_plain_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a convolution's that is not depthwise; other groups are not used."""
+    if not name.endswith(".weight") or len(shape) not in (4, 5):
+        return False
+    return shape[1] > 1 or shape[0] == 1
 
 
 def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> dict[str, str]:
