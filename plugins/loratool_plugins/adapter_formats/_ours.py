@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import FormatError
+from loratool.families import is_embedding
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import read_json
 
@@ -93,3 +94,10 @@ def model_files(path: Path) -> tuple[dict[str, Path], dict[str, Any] | None]:
         return {}, None
     found = {file.name: file for file in entries(model) if is_file(file)}
     return found, read_json(found["config.json"]) if "config.json" in found else None
+
+
+def is_table(adapter: Adapter, update: LazyUpdate) -> bool:
+    """Whether an update is for an embedding's table, whose factors formats store transposed."""
+    module = update.name.removesuffix(".weight")
+    kind = adapter.kinds.get(update.name)
+    return update.embedding or kind == "embedding" or (kind is None and is_embedding(module))
