@@ -7,8 +7,8 @@ headers alone, and everything that does not fit is collected rather than raised.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loratool.adapter import Adapter, LazyUpdate
@@ -16,10 +16,11 @@ from loratool.alignment import Alignment, align
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import is_float
 from loratool.errors import MismatchError, Problem
-from loratool.skeleton import Skeleton, build_skeleton
-
-# Companions of quantized weights in the common schemes.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
+from loratool.naming_schemes import in_the_bases_names
+from loratool.parts import Share, complaint, composed, joined
+from loratool.pieces import Piece
+from loratool.skeleton import Skeleton
+from loratool.targets import Targets, targets_of
 
 
 @dataclass(frozen=True)
@@ -57,78 +58,162 @@ class Binding:
 
 
 def bind(adapter: Adapter, base: Checkpoint) -> Binding:
-    """Bind every update to a tensor of `base`, by headers only; nothing is raised."""
+    """Bind every update to the tensors of `base`, by headers only; nothing is raised."""
     problems = list(adapter.problems)
-    shapes = {name: tensor.shape for name, tensor in base.items()}
-    names = {name: _full_shape(update) for name, update in adapter.items()}
+    targets = targets_of(base)
+    updates, unknown = in_the_bases_names(adapter, targets)
+    problems.extend(unknown)
+    names = {name: _full_shape(shares[0].update) for name, shares in updates.items()}
     moves = [move for move in adapter.moves if any(name.startswith(move[0]) for name in names)]
     try:
-        alignment = align(names, shapes, moves, option="")
+        alignment = align(names, targets.shapes, moves, option="")
     except MismatchError as error:
         return Binding(problems=(*problems, Problem("error", adapter.label, str(error))))
-    skeleton = build_skeleton(base.config, shapes)
-    changed: dict[str, BoundUpdate] = {}
-    added: dict[str, BoundUpdate] = {}
-    for name, update in adapter.items():
-        target = alignment.pairs.get(name)
-        found: list[Problem] = []
-        if _is_tied_twin(name, update, adapter, alignment, skeleton) and (
-            target is None or not update.is_whole
-        ):
-            continue
-        if target is not None:
-            tying = bool(adapter.settings.get("ensure_weight_tying"))
-            bound, found = _fit(update, target, base, skeleton, tying)
-            changed[target] = bound
-        elif update.optional:
-            continue
-        elif update.kind == "replacement":
-            added[name] = BoundUpdate(update, name)
-            found = _check_addition(update, adapter)
-        else:
-            found = [_missing(name, alignment, base, skeleton)]
-        problems.extend(found)
+    binder = _Binder(adapter, base, targets, alignment)
+    for name, shares in updates.items():
+        binder.add(name, shares)
+    changed = binder.changed()
     dropped = tuple(name for name in adapter.dropped if name in base)
-    copies = _tied_copies(changed, base, skeleton)
+    copies = _tied_copies(changed, base, targets.skeleton)
     changed |= {name: bound for name, bound in copies.items() if name not in dropped}
-    return Binding(changed, added, dropped, alignment, tuple(problems))
+    problems.extend(binder.problems)
+    return Binding(changed, binder.added, dropped, alignment, tuple(problems))
 
 
-def _fit(
-    update: LazyUpdate, target: str, base: Checkpoint, skeleton: Skeleton, tying: bool
-) -> tuple[BoundUpdate, list[Problem]]:
-    tensor = base[target]
-    if update.kind == "replacement":
-        resizable = _may_be_resized(update, target, base)
-        severity: Literal["error", "warning"] = "warning" if resizable else "error"
-        problems = []
-        if tensor.shape != update.shape:
-            message = "the adapter replaces it by a tensor of another shape"
-            problems = [
-                Problem(severity, update.name, message, f"{tensor.shape}", f"{update.shape}")
-            ]
-        return BoundUpdate(update, target), problems
+@dataclass
+class _Binder:
+    """Collects what happens to each tensor of a base.
+
+    Attributes:
+        adapter: whose updates are bound.
+        base: to what.
+        targets: the base's names.
+        alignment: of the adapter's names with these.
+        plain: tensor -> the update that is for it as it is.
+        shares: tensor -> updates of its parts.
+        added: tensors that the base lacks.
+        problems: what does not fit.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    targets: Targets
+    alignment: Alignment
+    plain: dict[str, BoundUpdate] = field(default_factory=dict)
+    shares: dict[str, list[Share]] = field(default_factory=dict)
+    added: dict[str, BoundUpdate] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, name: str, shares: Sequence[Share]) -> None:
+        """Bind what an adapter does to one parameter."""
+        update = shares[0].update
+        skeleton = self.targets.skeleton
+        target = self.alignment.pairs.get(name)
+        twin = _is_tied_twin(name, update, self.adapter, self.alignment, skeleton)
+        if twin and (target is None or not update.is_whole):
+            return
+        if target is not None:
+            for share in shares:
+                self._bind(share, target)
+        elif update.optional:
+            return
+        elif update.kind == "replacement":
+            self.added[name] = BoundUpdate(update, name)
+            self.problems += _check_addition(update, self.adapter)
+        else:
+            self.problems.append(_missing(name, self.alignment, self.targets))
+
+    def _bind(self, share: Share, target: str) -> None:
+        update, shape = share.update, self.targets.shapes[target]
+        pieces = self.targets.where(target)
+        place = pieces[0].tensor
+        transposed = _is_transposed(update, target, shape, self.targets.skeleton)
+        if not share.is_plain:
+            shape = _of_place(share, shape)  # the rows that are its
+        elif update.kind == "replacement":
+            self.problems += _replacement_problems(update, target, self.targets, self.base)
+        if update.kind != "replacement":
+            tying = bool(self.adapter.settings.get("ensure_weight_tying"))
+            if share.part:
+                problem = _part_problem(update, target, shape)
+            else:
+                problem = _shape_problem(update, target, shape, transposed)
+            self.problems += [problem] if problem else []
+            for tensor in dict.fromkeys(piece.tensor for piece in pieces):
+                self.problems += _storage_problems(update, tensor, self.base)
+            self.problems += _tie_problems(update, target, self.targets.skeleton, tying)
+        if share.is_plain and pieces == (Piece(place),):
+            self.plain[place] = BoundUpdate(update, place, transposed)
+            return
+        oriented = replace(share, shape=share.shape or shape, transposed=transposed)
+        for piece in pieces:
+            if (found := composed(oriented, piece)) is not None:
+                self.shares.setdefault(piece.tensor, []).append(found)
+
+    def changed(self) -> dict[str, BoundUpdate]:
+        """Base tensor -> the one update of it, in the order of the base."""
+        found = dict(self.plain)
+        for tensor, shares in self.shares.items():
+            shape = self.base[tensor].shape
+            if tensor in self.plain:
+                shares = [Share(self.plain[tensor].update, shape), *shares]
+            if message := complaint(shares, shape):
+                self.problems.append(Problem("error", shares[0].update.name, message))
+            elif not any(problem.severity == "error" for problem in self.problems):
+                found[tensor] = BoundUpdate(joined(tensor, shape, shares), tensor)
+        return {name: found[name] for name in self.base if name in found}
+
+
+def _part_problem(update: LazyUpdate, target: str, shape: tuple[int, ...]) -> Problem | None:
+    """What is wrong with an update of several weights together for one of them."""
+    if math.prod(update.shape[1:]) == math.prod(shape[1:]):
+        return None
+    message = f"does not have the columns of {target} in the base"
+    return Problem("error", update.name, message, f"{shape[1:]}", f"{update.shape[1:]}")
+
+
+def _of_place(share: Share, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the part of a weight that a share is for."""
+    rows = share.place[0] if share.place else slice(None)
+    count = len(range(*rows.indices(shape[0]))) if isinstance(rows, slice) else 1
+    return (count, *shape[1:])
+
+
+def _replacement_problems(
+    update: LazyUpdate, target: str, targets: Targets, base: Checkpoint
+) -> list[Problem]:
+    shape = targets.shapes[target]
+    if shape == update.shape:
+        return []
+    resizable = target in base and _may_be_resized(update, target, base)
+    severity: Literal["error", "warning"] = "warning" if resizable else "error"
+    message = "the adapter replaces it by a tensor of another shape"
+    return [Problem(severity, update.name, message, f"{shape}", f"{update.shape}")]
+
+
+def _storage_problems(update: LazyUpdate, target: str, base: Checkpoint) -> list[Problem]:
     problems = []
-    transposed = _is_transposed(update, target, tensor.shape, skeleton)
-    if (problem := _shape_problem(update, target, tensor.shape, transposed)) is not None:
-        problems.append(problem)
-    if not is_float(tensor.dtype):
+    dtype = base[target].dtype
+    if not is_float(dtype):
         message = f"{target} is quantized or integer in the base: updates cannot be added to it"
-        problems.append(Problem("error", update.name, message, "a float dtype", tensor.dtype))
-    if any(f"{target}{end}" in base for end in _SCALE_SUFFIXES):
-        message = f"{target} is stored with block scales: updates cannot be added to its codes"
-        problems.append(Problem("error", update.name, message))
-    if target in skeleton.tied and skeleton.tied[target] in base:
-        message = f"is tied to {skeleton.tied[target]} in the base: merging would change both"
-        problems.append(Problem("error", update.name, message))
+        problems.append(Problem("error", update.name, message, "a float dtype", dtype))
+    return problems
+
+
+def _tie_problems(
+    update: LazyUpdate, target: str, skeleton: Skeleton, tying: bool
+) -> list[Problem]:
+    if (twin := skeleton.tied.get(target)) is not None:
+        message = f"is tied to {twin} in the base: merging would change both"
+        return [Problem("error", update.name, message)]
     heads = [head for head, source in skeleton.tied.items() if source == target]
-    if heads and not update.is_whole and not tying:
-        message = (
-            f"{heads[0]} shares its values with it: a merge changes both, the adapter alone "
-            "changes only the embedding"
-        )
-        problems.append(Problem("warning", update.name, message))
-    return BoundUpdate(update, target, transposed), problems
+    if not heads or update.is_whole or tying:
+        return []
+    message = (
+        f"{heads[0]} shares its values with it: a merge changes both, the adapter alone changes "
+        "only the embedding"
+    )
+    return [Problem("warning", update.name, message)]
 
 
 def _shape_problem(
@@ -241,13 +326,13 @@ def _check_addition(update: LazyUpdate, adapter: Adapter) -> list[Problem]:
     return [Problem("warning", update.name, message)]
 
 
-def _missing(name: str, alignment: Alignment, base: Checkpoint, skeleton: Skeleton) -> Problem:
+def _missing(name: str, alignment: Alignment, targets: Targets) -> Problem:
     expected = alignment.prefix_there + name.removeprefix(alignment.prefix_here)
-    if twin := skeleton.tied.get(expected):
+    if twin := targets.skeleton.tied.get(expected):
         message = f"is tied to {twin} in the base: an update of one would change both"
         return Problem("error", name, message)
     ending = "." + ".".join(name.split(".")[-2:])
-    close = next((other for other in base if f".{other}".endswith(ending)), None)
+    close = next((other for other in targets.shapes if f".{other}".endswith(ending)), None)
     hint = f"; the base has {close}" if close else ""
     return Problem("error", name, f"the base has no tensor {expected}{hint}")
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from loratool import plugins
 from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.diffusion.layouts import canonical_shapes, model_kind
 from loratool.digests import combine_digests
 from loratool.files import file_size, is_file
+from loratool.quantized import schemes
 from loratool.record import read_record
 from loratool.reports import (
     Report,
@@ -44,6 +46,9 @@ def checkpoint_report(
     tensors = {name: tensor_facts(tensor) for name, tensor in checkpoint.items()}
     for name, file in checkpoint.shards.items():
         tensors[name]["file"] = file
+    for name, scheme in checkpoint.quantized.items():
+        tensors[name]["quantized"] = scheme
+    on_disk = checkpoint.stored.checkpoint if checkpoint.stored else checkpoint
     data: dict[str, Any] = {
         "kind": "inspection",
         "of": "checkpoint",
@@ -51,11 +56,13 @@ def checkpoint_report(
         "format": format_name,
         **_config_facts(checkpoint.config or {}),
         "components": _component_facts(checkpoint),
-        "counts": {"tensors": len(tensors), "files": len(set(checkpoint.shards.values()))},
+        "diffusion": _diffusion_kind(checkpoint),
+        "counts": {"tensors": len(tensors), "files": len(set(on_disk.shards.values()))},
         "parameters": sum(tensor.numel for tensor in checkpoint.values()),
         "bytes": checkpoint.nbytes,
         "dtypes": dtype_facts(checkpoint.values()),
-        "files": _file_sizes(checkpoint),
+        "quantized": schemes(checkpoint),
+        "files": _file_sizes(on_disk),
         "side_files": sorted(checkpoint.side_files),
         "merged": _merges(checkpoint),
         "aliases": dict(checkpoint.aliases),
@@ -124,6 +131,11 @@ def _component_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _diffusion_kind(checkpoint: Checkpoint) -> str | None:
+    shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
+    return model_kind(canonical_shapes(shapes, checkpoint.components))
+
+
 def _file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Weight file -> bytes of its tensors."""
     sizes: Counter[str] = Counter()
@@ -181,6 +193,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"format: {data['format']}, {counted(counts['files'], 'file')} ({files})"
     known = [data["architecture"], data["model_type"]]
     yield f"architecture: {', '.join(filter(None, known)) or 'config.json does not say'}"
+    if data["diffusion"]:
+        yield f"diffusion model of the kind {data['diffusion']}"
     for name, facts in data["components"].items():
         yield (
             f"component {name}: {facts['architecture'] or 'its config.json does not say'}, "
@@ -192,7 +206,12 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         f"({format_count(data['parameters'])})"
     )
     yield f"types: {dtype_words(data['dtypes'])}"
-    yield f"size: {format_bytes(data['bytes'])}"
+    if data["quantized"]:
+        stored = sum(data["files"].values())
+        yield f"quantized: {data['quantized']}; types and sizes are those of the values"
+        yield f"size: {format_bytes(stored)}; dequantized: {format_bytes(data['bytes'])}"
+    else:
+        yield f"size: {format_bytes(data['bytes'])}"
     for name, twin in data["aliases"].items():
         yield f"the same memory: {name} = {twin}"
     if data["tie_word_embeddings"]:
@@ -225,7 +244,7 @@ def _group_table(tensors: Mapping[str, Mapping[str, Any]], limit: int | None) ->
     """Tensors that differ in the layer's number alone share a row."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, facts in tensors.items():
-        key = (_NUMBER.sub("*", name), _shape(facts), facts["dtype"])
+        key = (_NUMBER.sub("*", name), _shape(facts), _type(facts))
         groups.setdefault(key, []).append(facts["bytes"])
     order = sorted(groups, key=lambda key: -sum(groups[key]))
     top = sum(groups[order[0]]) if order else 0
@@ -248,13 +267,18 @@ def _tensor_table(tensors: Mapping[str, Mapping[str, Any]], names: Sequence[str]
         facts = tensors[name]
         row: tuple[str, ...]
         size = facts["bytes"]
-        row = (name, _shape(facts), facts["dtype"], format_bytes(size), _bar(size, top))
+        row = (name, _shape(facts), _type(facts), format_bytes(size), _bar(size, top))
         if is_deep:
             norm = "-" if facts["norm"] is None else f"{facts['norm']:#.4g}"
             row = (*row, norm, facts["digest"][:16])
         rows.append(row)
     columns = ("tensor", "shape", "type", "size", "", *(("norm", "digest") if is_deep else ()))
     return Table(columns, tuple(rows), optional=("digest", "type", "", "shape"))
+
+
+def _type(facts: Mapping[str, Any]) -> str:
+    found: str = facts.get("quantized", facts["dtype"])
+    return found
 
 
 def _shape(facts: Mapping[str, Any]) -> str:

@@ -19,6 +19,13 @@ from loratool.pieces import Piece
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Modules of older classes that transformers 5 has as parameters; by the class whose conversion a
+# model shares. PEFT takes every target of such a name for one of them.
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -69,12 +76,13 @@ def find_stored(model: Any, shapes: Shapes) -> Stored:
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
-            target, pattern = name, None
+            target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
             strange.append(name)
         elif pattern is not None:
-            rule = joined.setdefault(target, deepcopy(converter_of[pattern]))
-            rule.add_tensor(target, name, pattern, name)
+            if target not in joined:
+                joined[target] = deepcopy(converter_of[pattern])
+            joined[target].add_tensor(target, name, pattern, name)
         elif target in owners:
             raise InputError(
                 f"{name}: {_name(model)} has one parameter for it and {owners[target]}: {target}"
@@ -84,7 +92,7 @@ def find_stored(model: Any, shapes: Shapes) -> Stored:
             if target != name:
                 pieces[target] = (Piece(name),)
     for target, rule in joined.items():
-        for parameter, found in _converted(model, target, rule, shapes).items():
+        for parameter, found in _converted(model, state, target, rule, shapes).items():
             if parameter in owners:
                 raise InputError(
                     f"{parameter}: is in the checkpoint both as {owners[parameter]} and as "
@@ -98,7 +106,23 @@ def find_stored(model: Any, shapes: Shapes) -> Stored:
     return Stored(pieces, unused, tuple(name for name in strange if name not in unused))
 
 
-def _converted(model: Any, target: str, rule: Any, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+def is_taken_for_experts(model_type: str, module: str) -> bool:
+    """Whether PEFT, loading an adapter, takes a module of this model for experts or their router.
+
+    peft 0.21 turns such targets into `target_parameters`, for the sake of adapters made with
+    transformers 4. A linear module of the same name (a shared expert's, a dense layer's) then gets
+    no update, without a word.
+    """
+    from transformers import conversion_mapping
+
+    shared = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    family = "mixtral" if model_type == "mixtral" else shared.get(model_type, "")
+    return module.rpartition(".")[2] in _TAKEN_FOR_EXPERTS.get(family, ())
+
+
+def _converted(
+    model: Any, state: Mapping[str, Any], target: str, rule: Any, shapes: Shapes
+) -> dict[str, tuple[Piece, ...]]:
     """Run a converter's operations on the tensors that it has collected by name."""
     from loratool.slicing import as_pieces
     from loratool.tracing import Traced
@@ -123,11 +147,10 @@ def _converted(model: Any, target: str, rule: Any, shapes: Shapes) -> dict[str, 
         raise InputError(
             f"{what} fails: {error}; are tensors missing, or is config.json another model's?"
         ) from error
-    state = model.state_dict()
     for name, tensor in tensors.items():
         if name in state and state[name].shape != tensor.shape:
             raise InputError(
-                f"{what} has the shape {tuple(tensor.shape)}, but the class {name} of the shape "
+                f"{what} gives {name} the shape {tuple(tensor.shape)}, but in the class it has "
                 f"{tuple(state[name].shape)}; are tensors missing, or is config.json another "
                 "model's?"
             )

@@ -16,9 +16,6 @@ from loratool.errors import MismatchError
 from loratool.families import is_buffer
 from loratool.skeleton import build_skeleton
 
-# Companions of quantized weights in the common schemes.
-_SCALE_SUFFIXES = ("_scale_inv", "_scale", ".absmax", ".quant_state.bitsandbytes__nf4")
-
 
 @dataclass(frozen=True)
 class Counterpart:
@@ -136,11 +133,11 @@ def _require_merge(
         other = merged.get(there.get(name, ""))
         if other is None or bound.update.kind != "low_rank":
             continue
-        scaled = any(f"{other.name}{end}" in merged for end in _SCALE_SUFFIXES)
-        if not is_float(other.dtype) or scaled:
+        if not is_float(other.dtype) or other.name in merged.quantized:
+            scheme = merged.quantized.get(other.name, other.dtype)
             raise MismatchError(
-                f"{merged.label}: {other.name} is quantized or integer ({other.dtype}): the merge "
-                "can only be proved before quantization"
+                f"{merged.label}: {other.name} is quantized or integer ({scheme}): the merge can "
+                "only be proved before quantization"
             )
     kept = [n for n in base if n not in binding.dropped and not is_buffer(n, base[n].shape)]
     wrong = [n for n in kept if not _has_shape(n, base, merged, binding, there)]

@@ -85,7 +85,7 @@ class DeltaReader:
         return rounded_factors(a, b, found.certificate, dtype)
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
-        """Keep `tuned` whole, or None if it equals `base`.
+        """Keep `tuned` whole, or None if it equals `base`, be it in another type.
 
         Raises:
             InputError: NaN or Inf where the base has none.
@@ -102,6 +102,8 @@ class DeltaReader:
         norm, change = _change(base, tuned)
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+        if change == 0 and base.dtype != tuned.dtype:
+            return None  # the same values in another type: F32 norms in GGUF files
         return Replacement(tuned, change / norm if norm else math.inf)
 
     def _read(self, base: LazyTensor, tuned: LazyTensor) -> bool:

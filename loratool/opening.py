@@ -13,7 +13,7 @@ from loratool.checkpoint import Checkpoint
 from loratool.errors import FormatError, InputError, PluginError, UnsupportedError
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.quantized import dequantized
+from loratool.quantized import dequantized, notes_of
 from loratool.refs import Ref, could_be_remote, parse_ref, shown
 from loratool.reports import counted, listed
 
@@ -77,7 +77,13 @@ def open_checkpoint(source: Source) -> Checkpoint:
         FormatError: no format recognises it, its files contradict themselves, or hold nothing.
         UnsupportedError: it is quantized in a way that cannot be read.
     """
-    return dequantized(_open_stored(source))
+    return _as_plain(_open_stored(source))
+
+
+def _as_plain(stored: Checkpoint) -> Checkpoint:
+    """A checkpoint with the values that its tensors stand for; errors as `dequantized`."""
+    plain = dequantized(stored)
+    return replace(plain, notes=(*plain.notes, *notes_of(plain)))
 
 
 def _open_stored(source: Source) -> Checkpoint:
@@ -124,7 +130,7 @@ def open_any(source: Source) -> Adapter | Checkpoint:
         return open_adapter(located)
     stored = _open_stored(located)
     try:
-        return dequantized(stored)
+        return _as_plain(stored)
     except UnsupportedError as error:
         return replace(stored, notes=(*stored.notes, str(error)))
 

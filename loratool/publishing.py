@@ -35,7 +35,7 @@ from loratool.safetensors_file import read_header
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
-_WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".bin")
+_WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".bin", ".gguf")
 # JSON files of words, any of which may look like a path.
 _WORDS = re.compile(r"(^|/)(tokenizer|vocab[^/]*|added_tokens|special_tokens_map)\.json$")
 _NAMED_STRAYS = 8

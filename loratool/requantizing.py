@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.application import Applied, Part, Trace
 from loratool.checkpoint import Checkpoint, Form, LazyTensor, Stored
 from loratool.errors import InputError, MismatchError, UsageError
-from loratool.reports import Report, Table, counted, format_bytes
+from loratool.reports import Report, Table, counted, format_bytes, listed
 from loratool.shards import safetensors_name
 
 if TYPE_CHECKING:
@@ -178,16 +178,22 @@ def requantized(
     plain = source.written_as == "safetensors"
     rename = safetensors_name if plain else str
     side_files = dict(source.side_files)
-    if plain:
-        for part in parts:
-            side_files |= {n: c for n, c in part.adapter.model_files.items() if n != "config.json"}
+    notes = [note for part in parts for note in part.notes()]
+    for part in parts:
+        own = {n: c for n, c in part.adapter.model_files.items() if n != "config.json"}
+        side_files |= own if plain else {}
+        if own and not plain:
+            notes.append(
+                f"{part.adapter.label}: its {listed(sorted(own), 4)} cannot be put into "
+                f"{listed(list(dict.fromkeys(source.shards.values())), 1)}: left out"
+            )
     return RequantizedCheckpoint(
         {name: written.get(name, tensor) for name, tensor in source.items()},
         config=source.config,
         side_files=side_files,
         shards={name: rename(file) for name, file in source.shards.items()},
         metadata={rename(file): found for file, found in source.metadata.items()},
-        notes=(*base.notes, *(note for part in parts for note in part.notes())),
+        notes=(*base.notes, *notes),
         index_files=source.index_files,
         headers=source.headers,
         written_as=source.written_as,

@@ -10,9 +10,10 @@ from loratool.errors import MismatchError, UsageError
 
 # How diffusers and transformers call the weights of a model: "model.fp16-00001-of-00002" is a shard
 # of its variant "fp16", and so is, from older versions, "model-00001-of-00002.fp16".
+_SHARD = r"-\d{5}-of-\d{5}"
 _WEIGHTS = re.compile(
-    r"(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>[^.]+?))??(-\d{5}-of-\d{5})?"
-    r"(\.(?P<old_variant>[^.]+))?\.safetensors"
+    r"(?P<stem>model|diffusion_pytorch_model)"
+    rf"(\.(?P<variant>[^.]+?)({_SHARD})?|{_SHARD}(\.(?P<old_variant>[^.]+))?)?\.safetensors"
 )
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,7 +23,7 @@ def safetensors_name(name: str) -> str:
     """The file name that a weight file's safetensors copy gets."""
     if name.endswith(".safetensors"):
         return name
-    stem = re.sub(r"\.(bin|pt|pth)$", "", name)
+    stem = re.sub(r"\.(bin|pt|pth|ckpt)$", "", name)
     return re.sub("(^|/)pytorch_model", r"\1model", stem) + ".safetensors"
 
 

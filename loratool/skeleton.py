@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loratool.conversion import find_stored
+from loratool.conversion import find_stored, is_taken_for_experts
+from loratool.diffusion.kinds import is_table
+from loratool.diffusion.layouts import ldm_pieces
 from loratool.errors import InputError, UsageError
 from loratool.families import (
     FAMILIES,
@@ -67,6 +69,7 @@ class Skeleton:
         transposed_experts: parameters of the kind "experts" that are stored as (E, in, out) rather
             than (E, out, in).
         groups: weight of a convolution -> its number of groups, where that is more than 1.
+        unreachable: linear weights that PEFT cannot adapt, because of their modules' names.
     """
 
     kinds: Mapping[str, Kind]
@@ -77,6 +80,7 @@ class Skeleton:
     unused: frozenset[str] = frozenset()
     transposed_experts: frozenset[str] = frozenset()
     groups: Mapping[str, int] = field(default_factory=dict)
+    unreachable: frozenset[str] = frozenset()
 
 
 def task_type(architecture: str) -> str | None:
@@ -106,26 +110,41 @@ def is_diffusers(config: Mapping[str, Any] | None) -> bool:
     return "_class_name" in (config or {})
 
 
-def build_skeleton(config: Mapping[str, Any] | None, shapes: Shapes) -> Skeleton:
+def build_skeleton(
+    config: Mapping[str, Any] | None, shapes: Shapes, strict: bool = True
+) -> Skeleton:
     """Tell linear weights, embeddings and tied tensors of a model apart.
 
     Args:
         config: its config.json, if it has one.
         shapes: its tensors' names and shapes.
+        strict: whether transformers must know all of the tensors; otherwise those that it does not
+            know are taken for what they are called.
 
     Raises:
-        InputError: transformers does not know the class, or not all of the tensors.
+        InputError: transformers does not know the class, or a tensor.
     """
     if is_diffusers(config):
-        return Skeleton(_kinds_by_name(shapes, None))
+        return Skeleton(_diffusion_kinds(shapes))
     model_type = (config or {}).get("model_type")
     family = FAMILIES.get(str(model_type)) if model_type else family_of_names(shapes)
     if family is not None:
         return Skeleton(_kinds_by_name(shapes, family), _tied(family, config, shapes))
     if config and architecture_of(config) and model_type:
-        return _from_transformers(config, shapes)
+        return _from_transformers(config, shapes, strict)
+    if ldm_pieces(shapes):
+        return Skeleton(_diffusion_kinds(shapes))
     note = "the model's family is unknown: linear weights were told by their names and shapes"
     return Skeleton(_kinds_by_name(shapes, None), notes=(note,), guessed=True)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the class that a config names can be built."""
+    if config.get("model_type") in FAMILIES:
+        return True
+    import transformers
+
+    return hasattr(transformers, architecture_of(config) or "no class")
 
 
 def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
@@ -142,6 +161,12 @@ def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
     return {name: kind(name, shape) for name, shape in shapes.items()}
 
 
+def _diffusion_kinds(shapes: Shapes) -> dict[str, Kind]:
+    kinds = _kinds_by_name(shapes, None)
+    tables = (name for name, kind in kinds.items() if kind == "linear")
+    return kinds | {n: "embedding" for n in tables if is_table(n.removesuffix(".weight"))}
+
+
 def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> dict[str, str]:
     if not (config or {}).get("tie_word_embeddings", family.ties_by_default):
         return {}
@@ -150,7 +175,7 @@ def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> d
     return {head: source for head, source in family.tied if has_head and source in shapes}
 
 
-def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
+def _from_transformers(config: Mapping[str, Any], shapes: Shapes, strict: bool = True) -> Skeleton:
     """Build the class on the meta device and look at its modules."""
     import torch
     import transformers
@@ -165,29 +190,31 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
         model = cls(transformers.AutoConfig.for_model(config["model_type"], **settings))
     stored = find_stored(model, shapes)
     strange = [name for name in stored.strange if not is_buffer(name, shapes[name])]
-    if strange:
+    if strange and strict:
         more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
         raise InputError(f"{strange[0]}: {architecture} has no parameter for it{more}")
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds: dict[str, Kind] = {}
     groups: dict[str, int] = {}
+    transposed, unreachable = set(), set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        module = modules[name.rpartition(".")[0]]
-        kinds[name] = _kind(name, parameter, module)
-        if kinds[name] == "conv" and module.groups > 1:
+        path = name.rpartition(".")[0]
+        module = modules[path]
+        kind = kinds[name] = _kind(name, parameter, module)
+        if kind == "conv" and module.groups > 1:
             groups[name] = module.groups
+        elif kind == "experts" and getattr(module, "is_transposed", False):
+            transposed.add(name)
+        elif kind == "linear" and is_taken_for_experts(model.config.model_type, path):
+            unreachable.add(name)
     return Skeleton(
         kinds,
         dict(getattr(model, "all_tied_weights_keys", None) or {}),
         pieces=stored.pieces,
         unused=stored.unused,
-        transposed_experts=frozenset(
-            name
-            for name, kind in kinds.items()
-            if kind == "experts"
-            and getattr(modules[name.rpartition(".")[0]], "is_transposed", False)
-        ),
+        transposed_experts=frozenset(transposed),
         groups=groups,
+        unreachable=frozenset(unreachable),
     )
 
 

@@ -105,13 +105,18 @@ def subtract(
         base: to compare the result with.
 
     Raises:
-        InputError: no adapter is named.
+        InputError: no adapter is named, or the model is quantized.
         MismatchError: an adapter or the base does not fit the merged model.
     """
     if not adapters:
         raise InputError(
             f"{merged.label}: has no record to restore the base from (merge --reversible leaves "
             "one); name the adapter that was merged, to subtract it approximately"
+        )
+    if merged.quantized:
+        raise InputError(
+            f"{merged.label}: is quantized, which rounds more than a subtraction can make good: "
+            "its base, which the adapters were merged into, is what you want"
         )
     require_distinct([adapter for adapter, _ in adapters])
     parts = [bind_part(adapter, weight, merged) for adapter, weight in adapters]

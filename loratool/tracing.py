@@ -54,7 +54,7 @@ def _view(tensor: Traced, sizes: Sequence[int]) -> Traced:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = tensor.numel() // max(known, 1)
     if math.prod(sizes) != tensor.numel():
-        raise UntraceableError(f"a reshape of {tuple(tensor.shape)} to {tuple(sizes)}")
+        raise ValueError(f"a reshape of {tuple(tensor.shape)} to {tuple(sizes)}")
     plain = _squeeze(tensor)
     kept = [size for size in sizes if size != 1]
     blocks = [found for block in plain.blocks for found in regrouped(block, plain.shape, kept)]
@@ -167,7 +167,7 @@ def _split_sizes(tensor: Traced, sizes: Sequence[int], axis: int = 0) -> list[Tr
         found.append(_narrow(tensor, axis, low, low + size))
         low += size
     if low != tensor.shape[axis]:
-        raise UntraceableError(f"a split of {tensor.shape[axis]} into {list(sizes)}")
+        raise ValueError(f"a split of {tensor.shape[axis]} into {list(sizes)}")
     return found
 
 
@@ -189,7 +189,7 @@ def _cat(tensors: Sequence[Traced], axis: int = 0) -> Traced:
         expected = [*first.shape[:axis], *first.shape[axis + 1 :]]
         if [*tensor.shape[:axis], *tensor.shape[axis + 1 :]] != expected:
             shapes = " and ".join(str(tuple(t.shape)) for t in (first, tensor))
-            raise UntraceableError(f"tensors of the shapes {shapes} cannot be joined")
+            raise ValueError(f"tensors of the shapes {shapes} cannot be joined")
         for block in tensor.blocks:
             run = Run(block.start[axis] + low, block.axes[axis])
             blocks.append(block.with_axis(axis, run))

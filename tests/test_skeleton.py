@@ -78,11 +78,31 @@ def test_saved_buffers_are_no_strange_names() -> None:
     assert build_skeleton(config, shapes).kinds["generator_lm_head.weight"] == "linear"
 
 
-def test_names_that_differ_on_disk_are_refused() -> None:
+def test_names_that_the_class_does_not_know_are_refused() -> None:
     config, shapes = described("electra", "ElectraForMaskedLM")
     shapes["electra.other.weight"] = (2, 2)
     with pytest.raises(InputError, match=r"electra\.other\.weight: ElectraForMaskedLM has"):
         build_skeleton(config, shapes)
+    found = build_skeleton(config, shapes, strict=False)
+    assert not found.pieces and not found.unused
+
+
+def test_tensors_that_the_class_passes_over_are_known() -> None:
+    """DeepSeek-V3 predicts several tokens by a layer that transformers does not build."""
+    settings = {"num_hidden_layers": 61, "vocab_size": 8, "hidden_size": 8}
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3Model"], **settings}
+    name = "model.layers.61.eh_proj.weight"
+    assert build_skeleton(config, {name: (8, 16)}).unused == {name}
+
+
+def test_groups_of_convolutions() -> None:
+    settings = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_channels": 3}
+    config = {"model_type": "convnext", "architectures": ["ConvNextModel"], **settings}
+    found = build_skeleton(config, {})
+    depthwise = "encoder.stages.0.layers.0.dwconv.weight"
+    assert found.kinds[depthwise] == found.kinds["embeddings.patch_embeddings.weight"] == "conv"
+    assert found.groups[depthwise] == 8
+    assert "embeddings.patch_embeddings.weight" not in found.groups
 
 
 def test_an_unknown_class_is_named() -> None:

@@ -17,15 +17,24 @@ from loratool.diffusion.links import Rows, Shapes
 Targets = Mapping[str, tuple[Rows, ...]]
 
 _DENOISER = "lora_unet_"  # that of a transformer, too
+_LYCORIS = "lycoris_"  # lycoris names the one model that it wraps so, whichever it is
 # Component -> prefixes that it has been seen with, the one that sd-scripts writes first.
 _PREFIXES = {
-    "unet": (_DENOISER,),
-    "transformer": (_DENOISER, "lora_transformer_"),
-    "text_encoder": ("lora_te1_", "lora_te_"),
-    "text_encoder_2": ("lora_te2_",),
-    "text_encoder_3": ("lora_te3_",),
+    "unet": (_DENOISER, _LYCORIS),
+    "transformer": (_DENOISER, "lora_transformer_", _LYCORIS),
+    "text_encoder": ("lora_te1_", "lora_te_", _LYCORIS),
+    "text_encoder_2": ("lora_te2_", _LYCORIS),
+    "text_encoder_3": ("lora_te3_", _LYCORIS),
 }
-_T5_OF_FLUX = ("lora_te3_",)  # though it is the second text encoder
+_T5_OF_FLUX = ("lora_te3_", _LYCORIS)  # though it is the second text encoder
+# What dotted names of modules start with -> the prefix of underscored ones.
+_DOTTED = {
+    "model.diffusion_model.": _DENOISER,
+    "diffusion_model.": _DENOISER,
+    "text_encoders.clip_l.transformer.": "lora_te1_",
+    "text_encoders.clip_g.transformer.": "lora_te2_",
+    "text_encoders.t5xxl.transformer.": "lora_te3_",
+}
 _FUSED = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
 
 
@@ -82,9 +91,22 @@ def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
     for whole in _modules(shapes):
         component, _, path = whole.module.partition(".")
         if whole.module not in covered and (prefixes := _prefixes(component, kind)):
-            old = component == "text_encoder" and kind in ("sd1", "sd2")
-            found[prefixes[-1 if old else 0] + _underscored(path)] = (whole,)
+            is_only_encoder = component == "text_encoder" and kind in ("sd1", "sd2")
+            prefix = "lora_te_" if is_only_encoder else prefixes[0]
+            found[prefix + _underscored(path)] = (whole,)
     return {name: rows for name, rows in found.items() if name not in ambiguous}
+
+
+def kohya_spelling(module: str) -> str:
+    """The underscored name of a module that a file names with dots, as ComfyUI's trainers do.
+
+    "diffusion_model.double_blocks.0.img_attn.qkv" becomes
+    "lora_unet_double_blocks_0_img_attn_qkv"; names that are underscored already stay.
+    """
+    for start, prefix in _DOTTED.items():
+        if module.startswith(start):
+            return prefix + _underscored(module.removeprefix(start))
+    return _underscored(module)
 
 
 def _all_names(shapes: Shapes, kind: str | None) -> Iterator[tuple[str, tuple[Rows, ...]]]:

@@ -9,6 +9,7 @@ and its plugin does the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from loratool.reports import counted, listed
 
 _SETTINGS = "quantization_config"
 _SHOWN = 12
+_KINDS = 4
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -57,27 +59,32 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         for name, tensor in checkpoint.items()
         if name not in hidden
     }
-    schemes = {name: found[name].words for name in tensors if name in found}
-    plain = replace(
+    words = {name: found[name].words for name in tensors if name in found}
+    return replace(
         _without_settings(checkpoint),
         tensors=tensors,
         shards={name: checkpoint.shards[name] for name in tensors if name in checkpoint.shards},
         aliases={n: t for n, t in checkpoint.aliases.items() if n in tensors and t in tensors},
         index_files={},
-        quantized=schemes,
-        stored=Stored(checkpoint, {name: found[name].form for name in schemes}),
+        quantized=words,
+        stored=Stored(checkpoint, {name: found[name].form for name in words}),
     )
-    return replace(plain, notes=(*plain.notes, note_of(plain)))
 
 
-def note_of(checkpoint: Checkpoint) -> str:
-    """What the user should hear about a quantized checkpoint."""
-    kinds = list(dict.fromkeys(checkpoint.quantized.values()))
+def notes_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user should hear about a checkpoint that is quantized."""
+    if not checkpoint.quantized:
+        return ()
     return (
-        f"{checkpoint.label}: {counted(len(checkpoint.quantized), 'tensor')} of "
-        f"{len(checkpoint)} quantized ({listed(kinds, 4)}): read as the values that the codes "
-        "stand for"
+        f"{checkpoint.label}: {len(checkpoint.quantized)} of {counted(len(checkpoint), 'tensor')} "
+        f"are quantized ({schemes(checkpoint)}): read as the values that the codes stand for",
     )
+
+
+def schemes(checkpoint: Checkpoint) -> str:
+    """The schemes of a quantized checkpoint, the most common first, for people."""
+    counts = Counter(checkpoint.quantized.values()).most_common()
+    return listed([f"{words} ({counted(count, 'tensor')})" for words, count in counts], _KINDS)
 
 
 def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from loratool.checkpoint import Checkpoint, Form, LazyTensor, Parts
 from loratool.dtypes import torch_dtype
 from loratool.families import Family
 from loratool.quantized.scheme import TILE, Findings, Found
-from loratool.quantized.unsupported import method_of
+from loratool.quantized.unsupported import OF_ACTIVATIONS, method_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0", "U8")
 _ENDS = ("_scale_inv", "_scale")
-# Of activations and of the cache of keys and values: of no use for plain weights.
-_OF_ACTIVATIONS = (
-    ".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale", ".k_scale",
-    ".v_scale", ".q_scale",
-)  # fmt: skip
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 _USUAL = (128, 128)
 
@@ -104,7 +99,7 @@ def find(checkpoint: Checkpoint, settings: Mapping[str, Any], conv1d: Family | N
             weight = name.removesuffix("_scale_inv").removesuffix("_scale")
             if weight not in checkpoint:
                 findings.problems.append(f"{name}: {weight}, which it scales, is missing")
-        if name.endswith(_OF_ACTIVATIONS) and (expected or findings.tensors):
+        if name.rpartition(".")[2] in OF_ACTIVATIONS and (expected or findings.tensors):
             findings.hidden.add(name)
     return findings
 
@@ -158,23 +153,23 @@ def _grid(
         return None
     *lead, rows, columns = shape
     count = math.prod(lead)
-    if math.prod(scales) == 1 and count == 1:
-        return Grid(count, rows, columns, rows, columns)
+
+    def grid(height: int, width: int) -> Grid:
+        return Grid(count, rows, columns, height, width)
+
+    if len(scales) == len(shape) and scales[:-2] == tuple(lead):
+        down, across = scales[-2:]
+        usual = grid(*(stated or _USUAL))
+        if (down, across) == (usual.down, usual.across) and (stated or down * across > 1):
+            return usual
+        if down in (1, rows) and across in (1, columns):
+            return grid(rows // down, columns // across)
+        if stated is None and not rows % down and not columns % across:
+            return grid(rows // down, columns // across)
     if scales == (rows,) and not lead:
-        return Grid(count, rows, columns, 1, columns)
-    if scales in ((*lead,), (*lead, 1)) and lead:
-        return Grid(count, rows, columns, rows, columns)
-    if len(scales) != len(shape) or scales[:-2] != tuple(lead):
-        return None
-    down, across = scales[-2:]
-    for height, width in (stated,) if stated else (_USUAL,):
-        grid = Grid(count, rows, columns, height, width)
-        if (down, across) == (grid.down, grid.across):
-            return grid
-    if down in (1, rows) and across in (1, columns):
-        return Grid(count, rows, columns, rows // down, columns // across)
-    if stated is None and not rows % down and not columns % across:
-        return Grid(count, rows, columns, rows // down, columns // across)
+        return grid(1, columns)
+    if scales in ((*lead,), (*lead, 1)) or (math.prod(scales) == 1 and count == 1):
+        return grid(rows, columns)
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratool.checkpoint import Checkpoint
+from loratool.dtypes import is_float
 
 # quant_method of config.json -> what people call it. Everything that is not here or in
 # _SUPPORTED is refused, too, under the name that it has there.
@@ -29,6 +30,11 @@ _SIGNS = (
     (".W_q", "HQQ"),
     (".scale_weight", "scaled fp8 of ComfyUI"),
 )
+# Scales of activations and of the cache of keys and values: of no use for plain weights.
+OF_ACTIVATIONS = (
+    "input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale",
+    "q_scale",
+)  # fmt: skip
 _ADVICE = (
     "an update cannot be added to its codes: merge into the checkpoint that it was quantized from "
     "(its model card names it), which the same adapter fits, and quantize the merged model anew"
@@ -58,6 +64,28 @@ def refusal(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
         found = next((tensor for tensor in checkpoint if tensor.endswith(end)), None)
         if found is not None:
             return f"{found}: is quantized with {name}: {_ADVICE}"
+    if found := _unknown_scales(checkpoint):
+        return f"{found}: {_ADVICE}"
+    return ""
+
+
+def _unknown_scales(checkpoint: Checkpoint) -> str:
+    """A weight with scales that no scheme knows, and these; "" if there is none."""
+    scales: dict[str, list[str]] = {}  # of each module
+    for name in checkpoint:
+        module, _, leaf = name.rpartition(".")
+        if "scale" in leaf:
+            scales.setdefault(module, []).append(leaf)
+    for name, tensor in checkpoint.items():
+        module, _, leaf = name.rpartition(".")
+        known = (f"{leaf}_scale_inv", f"{leaf}_scale")
+        own = [scale for scale in scales.get(module, ()) if scale in known]
+        is_fp8 = tensor.dtype.startswith("F8_") and "scale" not in leaf
+        if own and not is_fp8 and is_float(tensor.dtype) and leaf == "weight":
+            return f"{name}: is {tensor.dtype}, but has {own[0]} as if it were quantized"
+        others = [s for s in scales.get(module, ()) if s not in (*known, *OF_ACTIVATIONS)]
+        if is_fp8 and others and not own:
+            return f"{name}: is {tensor.dtype} with scales of an unknown kind ({others[0]})"
     return ""
 
 

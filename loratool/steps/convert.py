@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option
+from loratool.skeleton import build_skeleton
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class Convert:
             files={},
             path=None,
         )
-        result, dropped = self._fitting(result, adapter.label)
+        grouped = _grouped_convolutions(changed, below, base)
+        result, dropped = self._fitting(result, adapter.label, grouped)
         notes = (*adapter.notes, *dropped, *self._notes(kept, converter))
         return replace(
             result,
@@ -180,8 +182,15 @@ class Convert:
             adapter.label,
         )
 
-    def _fitting(self, result: Adapter, label: str) -> tuple[Adapter, tuple[str, ...]]:
+    def _fitting(
+        self, result: Adapter, label: str, faults: Sequence[Problem]
+    ) -> tuple[Adapter, tuple[str, ...]]:
         """The result as its format can carry it, and what was left out for that.
+
+        Args:
+            result: what was asked for.
+            label: what errors call the adapter.
+            faults: what no format can carry.
 
         Raises:
             MismatchError: the format cannot carry all of it, and --drop is not given.
@@ -189,7 +198,8 @@ class Convert:
         """
         writer = plugins.create("adapter_formats", result.format)
         heading = f"{label} cannot be written as {result.format.partition(':')[0]}:"
-        problems = [p for p in refusals(result, writer) if p.severity == "error"]
+        problems = [*faults, *refusals(result, writer)]
+        problems = [problem for problem in problems if problem.severity == "error"]
         if not problems:
             return result, ()
         faulty = {problem.tensor for problem in problems if problem.tensor in result}
@@ -339,6 +349,30 @@ def _weights(adapter: Adapter, base: Checkpoint) -> dict[str, Underneath]:
     return found
 
 
+def _grouped_convolutions(
+    changed: Iterable[str], below: Mapping[str, Underneath], base: Checkpoint | None
+) -> list[Problem]:
+    """Complaints about low-rank updates of convolutions in groups, where the base tells of them.
+
+    The factors that libraries train for these let every group see all inputs, which the weight of
+    such a convolution does not.
+    """
+    kernels = {n: below[n] for n in changed if n in below and len(below[n].shape) > 2}
+    if base is None or not kernels:
+        return []
+    groups = build_skeleton(base.config, {n: t.shape for n, t in base.items()}).groups
+    return [
+        Problem(
+            "error",
+            name,
+            f"is for a convolution in {groups[under.tensor.name]} groups, which plain LoRA has no "
+            "form for that can be merged: leave it out (--drop)",
+        )
+        for name, under in kernels.items()
+        if under.tensor.name in groups
+    ]
+
+
 def _grouped(problems: list[Problem]) -> list[str]:
     """Complaints with the names that they are about, each once."""
     names: dict[str, list[str]] = {}
@@ -359,7 +393,7 @@ def _facts(step: Convert, adapter: Adapter, converter: Converter | None) -> dict
     return {
         **adapter.facts(),
         **base_facts({**adapter.base_digests, **read}),
-        "options": {n: v for n, v in given.items() if v not in (None, False, "")},
+        "options": {n: v for n, v in given.items() if v is not None and v is not False and v != ""},
         "converted": {
             "from": adapter.format,
             "kinds": dict(Counter(u.kind for u in adapter.values())),

@@ -15,7 +15,7 @@ from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
-from loratool.families import is_buffer
+from loratool.families import FAMILIES, is_buffer
 from loratool.files import file_content
 from loratool.in_memory import in_memory, pieces_by_tensor
 from loratool.json_files import parse_json
@@ -30,6 +30,7 @@ from loratool.skeleton import (
     complete_config,
     is_diffusers,
     is_in_task_head,
+    is_known,
     task_type,
 )
 
@@ -104,7 +105,7 @@ class Extract:
             task_type=plan.task,
             base_name=self._base_name(base),
             context={name: tensors[name] for name in tensors if name not in plan.buffers},
-            kinds=plan.skeleton.kinds,
+            kinds=plan.kinds,
             tied=plan.skeleton.tied,
             moves=plan.alignment.moves,
             left_out=whole if self.lora_only else {},
@@ -155,6 +156,12 @@ class _Plan:
         """Whether the fine-tune is a pipeline or a part of one, whose files no adapter carries."""
         return bool(self.base.components) or is_diffusers(self.config)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Parameter -> kind; what PEFT cannot adapt is nothing that can be adapted."""
+        kinds: dict[str, str] = dict(self.skeleton.kinds)
+        return kinds | dict.fromkeys(self.skeleton.unreachable, "other")
+
 
 def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPolicy) -> _Plan:
     config, config_notes = complete_config(
@@ -192,6 +199,7 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
     )
     notes = [*base.notes, *finetuned.notes, *config_notes, *skeleton.notes]
     notes += _lost_settings(base, finetuned)
+    notes += [_quantization_note(model) for model in (base, finetuned) if model.quantized]
     if words := alignment.describe():
         notes.append(f"{words} to the fine-tune's to get the base's")
     if buffers:
@@ -201,6 +209,11 @@ def _plan(step: Extract, base: Checkpoint, finetuned: Checkpoint, policy: RankPo
         )
     if excluded := len(parameters) - len(selected):
         notes.append(f"{excluded} tensors were not looked at (--target, --exclude)")
+    if unreachable := sorted(skeleton.unreachable.intersection(selected)):
+        notes.append(
+            f"{len(unreachable)} linear weights are kept whole ({unreachable[0]}, ...): PEFT takes "
+            "their names for those of experts"
+        )
     if policy.rank and (small := _smaller_than(policy.rank, selected, shapes, skeleton)):
         notes.append(
             f"rank {policy.rank} is more than {len(small)} matrices have ({small[0]}, ...): "
@@ -220,14 +233,11 @@ def _base_skeleton(
     base: Checkpoint, config: Mapping[str, Any] | None, skeleton: Skeleton
 ) -> Skeleton:
     """How the base lies on disk: by its own config.json, or else as the fine-tune's class."""
-    if skeleton.guessed:
-        return skeleton
+    if config is None or skeleton.guessed or config.get("model_type") in FAMILIES:
+        return skeleton  # as in memory
     found, _ = complete_config(base.config, _shapes(base), config)
-    if found is None:
-        return build_skeleton(config, _shapes(base))
-    if not architecture_of(found):
-        found["architectures"] = [architecture_of(config)]
-    return build_skeleton(found, _shapes(base))
+    known = found if found and is_known(found) else config
+    return build_skeleton(known, _shapes(base), strict=False)
 
 
 def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
@@ -252,6 +262,14 @@ def _lost_settings(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
 def _essence(source: Path | bytes, name: str) -> dict[str, Any]:
     content = parse_json(file_content(source), name)
     return {k: v for k, v in content.items() if not k.startswith("_") and k not in _VOLATILE}
+
+
+def _quantization_note(model: Checkpoint) -> str:
+    return (
+        f"{model.label}: is quantized: unless the other one was made from its values, the "
+        "difference contains its quantization error, which is no low-rank update and is captured "
+        "in part at best"
+    )
 
 
 def _smaller_than(
@@ -313,11 +331,12 @@ def _updates(
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
+    kinds = plan.kinds
     for name in plan.selected:
         tensor = plan.finetuned[name]
         other = plan.alignment.pairs.get(name)
         before = plan.base[other] if other else None
-        kind = plan.skeleton.kinds.get(name, "other")
+        kind = kinds.get(name, "other")
         twin = plan.finetuned.aliases.get(name) or plan.skeleton.tied.get(name)
         if twin in plan.finetuned:
             continue  # the same values again

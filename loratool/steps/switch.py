@@ -139,6 +139,11 @@ class Switch:
             InputError: the model has no record, or it was changed.
             MismatchError: an adapter does not fit the base.
         """
+        if merged.quantized:
+            raise InputError(
+                f"{merged.label}: is quantized: its weights cannot be changed in place without "
+                "losing more than an adapter holds; merge the other adapter into the base anew"
+            )
         record = read_record(merged)
         if record is None:
             raise InputError(

@@ -311,6 +311,7 @@ ADAPTER_VERBS = {
     "unmerge": lambda base, adapter, output: ("unmerge", base, adapter, "-o", output),
     "stack": lambda base, adapter, output: ("stack", adapter, "-o", output),
     "rescale": lambda base, adapter, output: ("rescale", adapter, "--by", "2", "-o", output),
+    "convert": lambda base, adapter, output: ("convert", adapter, "--to-lora", "-o", output),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import (
     _convert_kohya_flux_lora_to_diffusers,
     _convert_non_diffusers_lora_to_diffusers,
+    _convert_xlabs_flux_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from diffusers.utils.state_dict_utils import (
@@ -19,9 +20,10 @@ from diffusers.utils.state_dict_utils import (
 )
 
 from loratool.diffusion.adapter_keys import parse_key
-from loratool.diffusion.kohya import kohya_layout, kohya_modules
+from loratool.diffusion.kohya import kohya_layout, kohya_modules, kohya_spelling
 from loratool.diffusion.layouts import canonical_shapes, model_kind, single_file_modules
 from loratool.diffusion.links import Rows
+from loratool.diffusion.xlabs import xlabs_modules
 from tests import single_files
 from tests.diffusion import pipelines
 from tests.diffusion.pipelines import KINDS
@@ -193,12 +195,47 @@ def test_flux_as_sd_scripts_writes_it() -> None:
     check(layout, rest | convert_all_state_dict_to_peft(text))
 
 
+def test_dotted_names_are_the_underscored_ones() -> None:
+    shapes = real_flux()
+    layout = of(targets(shapes, kohya_layout(shapes)), "lora_unet_")
+    dotted = {
+        f"diffusion_model.{name}": layout[f"lora_unet_{name.replace('.', '_')}"]
+        for name in single_file_modules(shapes)
+    }
+    assert {kohya_spelling(name): rows for name, rows in dotted.items()} == layout
+    blocks = {name: rows for name, rows in dotted.items() if "_blocks." in name}
+    check(blocks, _convert_kohya_flux_lora_to_diffusers(pairs(blocks)))
+    clip = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
+    assert kohya_spelling(clip) == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert kohya_spelling("lora_unet_img_in") == "lora_unet_img_in"
+
+
 def test_flux_under_the_names_of_diffusers() -> None:
     shapes = real_flux()
     known = of(targets(shapes, kohya_modules(shapes).targets), "lora_transformer_")
     blocks = {n: rows for n, rows in known.items() if "attn_" in n}
     assert len(blocks) == 2 * 8 + 2 * 3
     check(blocks, _convert_kohya_flux_lora_to_diffusers(pairs(blocks)))
+
+
+def test_xlabs_names_of_flux() -> None:
+    shapes = real_flux()
+    known = xlabs_modules(shapes)
+    assert len(known) == 2 * 4 + 2 * 2
+    state = {
+        key.replace(".lora_up.", ".up.").replace(".lora_down.", ".down."): value
+        for key, value in pairs(known).items()
+        if not key.endswith(".alpha")
+    }
+    check(known, _convert_xlabs_flux_lora_to_diffusers(state))
+    assert xlabs_modules(pipelines.canonical_shapes("sd3")) == {}
+
+
+def test_lycoris_names_what_it_wraps() -> None:
+    shapes = pipelines.canonical_shapes("flux")
+    known = kohya_modules(shapes).targets
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    assert known["lycoris_transformer_blocks_0_attn_to_q"] == whole(shapes, module)
 
 
 def test_t5_of_flux_and_sd3_is_the_third_text_encoder() -> None:
@@ -248,7 +285,9 @@ def test_the_layout_names_every_row_once(kind: str) -> None:
         if not module.startswith("vae.")
     }
     known = kohya_modules(shapes)
-    assert known.ambiguous == {}
+    # What lycoris wrote for one of several text encoders does not tell which.
+    assert all(name.startswith("lycoris_text_") for name in known.ambiguous)
+    assert bool(known.ambiguous) == (kind in ("sdxl", "sd3"))
     assert layout.items() <= known.targets.items()
 
 

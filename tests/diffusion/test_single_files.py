@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_t5_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
+from safetensors.torch import load_file, save_file
 
+import loratool
 from loratool.diffusion.layouts import canonical_shapes, ldm_pieces, model_kind
 from loratool.diffusion.links import assembled_shape
 from loratool.pieces import Piece
@@ -269,3 +272,30 @@ def test_what_cannot_be_split_is_left_out() -> None:
     assert "transformer.transformer_blocks.0.attn.to_q.weight" not in pieces
     assert "transformer.single_transformer_blocks.0.attn.to_q.weight" not in pieces
     assert "transformer.transformer_blocks.1.attn.to_q.weight" in pieces
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_is_a_base(suffix: str, tmp_path: Path) -> None:
+    """extract and merge go by the file's own names."""
+    state = random_state(whole_file("sd1"))
+    changed = f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    b, a = torch.randn(8, 2), torch.randn(2, 8)
+    tuned = {**state, changed: state[changed] + b @ a, table: state[table] + 1}
+    files = []
+    for name, content in (("base", state), ("tuned", tuned)):
+        files.append(tmp_path / f"{name}{suffix}")
+        if suffix == ".ckpt":
+            torch.save({"state_dict": content, "epoch": 1}, files[-1])
+        else:
+            save_file(content, files[-1])
+    report = loratool.extract(*files, rank=2).save(tmp_path / "lora")
+    kinds = {name: facts["kind"] for name, facts in report.data["tensors"].items()}
+    assert kinds == {changed: "low_rank", table: "replacement"}
+    loratool.merge(files[0], [(tmp_path / "lora", 1.0)]).save(tmp_path / "merged")
+    (merged,) = (tmp_path / "merged").glob("base.safetensors")
+    found = load_file(merged)
+    assert found.keys() == state.keys()
+    for name, value in tuned.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    assert loratool.inspect(merged).data["diffusion"] == "sd1"

@@ -256,8 +256,13 @@ def _lora_refusals(adapter: Adapter) -> list[Problem]:
     found = []
     dora = [u for u in adapter.values() if u.kind == "dora"]
     biases = {n for n, u in adapter.items() if u.kind == "dense" and len(u.shape) == 1}
+    bare = [
+        name
+        for name, update in adapter.items()
+        if update.kind in ("low_rank", "dora")
+        and f"{name.removesuffix('.weight')}.bias" not in biases
+    ]
     for name, update in adapter.items():
-        bias = f"{name.removesuffix('.weight')}.bias"
         if update.kind == "dense" and name not in biases:
             found.append(_refusal(update, "PEFT has no full-size delta; convert with --to-lora"))
         elif update.kind == "dense" and f"{name.removesuffix('.bias')}.weight" not in adapter:
@@ -269,10 +274,10 @@ def _lora_refusals(adapter: Adapter) -> list[Problem]:
                 "with --to-lora"
             )
             found.append(_refusal(update, message))
-        elif update.kind in ("low_rank", "dora") and biases and bias not in biases:
+        elif name in biases and bare:
             message = (
-                f"{sorted(biases)[0]} is added to, {bias} is not: PEFT has one setting for all; "
-                "leave the biases out (--drop)"
+                "PEFT adds to the biases of all modules with factors or to none, and of "
+                f"{bare[0]} there is none; leave it out (--drop)"
             )
             found.append(_refusal(update, message))
         elif update.kind == "experts" and (dora or biases):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.errors import FormatError, InputError
-from loratool.files import local, read_start
+from loratool.files import is_file, local, read_start
 from loratool_plugins.checkpoint_formats import directory
 
 if TYPE_CHECKING:
@@ -30,12 +30,11 @@ _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 @dataclass(frozen=True)
 class Torch:
-    """A directory or a file of .bin, .pt or .pth."""
+    """A directory or a file of .bin, .pt or .pth; a file of .ckpt."""
 
     def objection(self, path: Path) -> str:
         """Why there are no torch files at `path`."""
-        found = directory.find_weights(path, "pytorch_model", _SUFFIXES)
-        return "" if found is not None else f"no {', '.join(_SUFFIXES)} file of a model"
+        return "" if _find(path) is not None else f"no {', '.join(_SUFFIXES)} file of a model"
 
     def open(self, path: Path) -> Checkpoint:
         """Open it: zip files are mapped, legacy ones have to be loaded whole, which is noted.
@@ -44,10 +43,16 @@ class Torch:
             InputError: a file cannot be read.
             FormatError: weights_only refuses a file, or it holds something else than tensors.
         """
-        found = directory.find_weights(path, "pytorch_model", _SUFFIXES)
+        found = _find(path)
         if found is None:
             raise FormatError(f"{path}: holds no torch weights")
         return open_files(found, path)
+
+
+def _find(path: Path) -> directory.WeightFiles | None:
+    """A folder's .ckpt files are what training left behind; one that is named is meant."""
+    suffixes = (*_SUFFIXES, ".ckpt") if is_file(path) else _SUFFIXES
+    return directory.find_weights(path, "pytorch_model", suffixes)
 
 
 def open_files(found: directory.WeightFiles, path: Path) -> Checkpoint:

@@ -1,0 +1,337 @@
+"""Updates of parameters as updates of the tensors that these lie in.
+
+A part of an update is one of its rows of B, or of one expert; several updates of parts of one
+tensor are one update of it, with B in blocks and the A side by side. Both are exact: no value is
+changed, only zeros are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import LazyUpdate
+from loratool.checkpoint import LazyTensor
+from loratool.pieces import Index, Piece
+from loratool.updates import (
+    IA3,
+    KIND_NAMES,
+    Dense,
+    DoRA,
+    Experts,
+    Kind,
+    LoHa,
+    LoKr,
+    LowRank,
+    Replacement,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+Shape = tuple[int, ...]
+Indices = tuple[Index, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an update does to a part of a tensor.
+
+    Attributes:
+        update: of a parameter.
+        shape: the parameter's, as the model has it in memory.
+        transposed: whether the update has to be transposed for that.
+        part: which part of the parameter is meant; () is all.
+        place: where that lies in the tensor; () is all.
+        flipped: whether it lies there transposed.
+    """
+
+    update: LazyUpdate
+    shape: Shape
+    transposed: bool = False
+    part: Indices = ()
+    place: Indices = ()
+    flipped: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the whole update for the whole tensor, as it is."""
+        return not (self.part or self.place or self.flipped)
+
+    def load(self) -> Update | None:
+        """The part, as it lies in the tensor."""
+        found = self.update.load()
+        if found is None or (self.is_plain and not self.transposed):
+            return found
+        if isinstance(found, Replacement):
+            return Replacement(_lazy_part(found.tensor, self.part, self.flipped))
+        if self.transposed:
+            found = _transposed(found)
+        if self.part:
+            found = _taken(found, self.part, self.shape)
+        return _transposed(found) if self.flipped else found
+
+
+def composed(share: Share, piece: Piece) -> Share | None:
+    """A share of a parameter as one of the tensor that a piece of the parameter lies in.
+
+    Args:
+        share: of all of a parameter, or of some rows of its update and of the parameter.
+        piece: of the parameter.
+
+    Returns:
+        None if the piece lies outside of the place.
+    """
+    if not share.place and not share.part:
+        return replace(share, part=piece.part, place=piece.place, flipped=piece.transposed)
+    own = _rows(share.part, slice(0, share.shape[0]))
+    rows = _rows(share.place, slice(0, own.stop - own.start))
+    within = _rows(piece.part, slice(0, rows.stop))
+    there = _rows(piece.place[:1], slice(0, within.stop - within.start))
+    if piece.transposed:
+        raise ValueError("only rows of rows can be taken")
+    low, high = max(rows.start, within.start), min(rows.stop, within.stop)
+    if low >= high:
+        return None
+    start, at = own.start + low - rows.start, there.start + low - within.start
+    part, place = slice(start, start + high - low), slice(at, at + high - low)
+    return replace(share, part=(part,), place=(place, *piece.place[1:]))
+
+
+def _rows(index: Indices, otherwise: slice | None) -> slice:
+    """The rows that an index takes, all columns of them."""
+    found = index[0] if len(index) == 1 else otherwise if not index else None
+    if not isinstance(found, slice) or found.step is not None:
+        raise ValueError("only rows of rows can be taken")
+    return found
+
+
+def complaint(shares: Sequence[Share], shape: Shape) -> str:
+    """Why these cannot become one update of a tensor; "" if they can."""
+    kinds = {share.update.kind for share in shares}
+    if len(shares) == 1 and not (shares[0].part or shares[0].place):
+        return ""
+    whole = sum(_count(share.place, shape) for share in shares) == math.prod(shape)
+    for kind in sorted(kinds):
+        name = KIND_NAMES[kind]
+        if kind in ("ia3", "rows"):
+            return f"{name}: of a part of the base's tensor, which cannot be merged yet"
+        if kind in ("dora", "replacement") and (len(kinds) > 1 or not whole):
+            return f"{name}: of only a part of the base's tensor, which cannot be merged yet"
+        if kind == "dora" and any(len(_short(share, shape)) > 1 for share in shares):
+            return f"{name}: whose rows lie apart in the base, which cannot be merged yet"
+    return ""
+
+
+def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
+    """One update of a tensor, in the tensor's own orientation.
+
+    Args:
+        tensor: the base's name.
+        shape: its shape.
+        shares: without `complaint`; at least one.
+    """
+    first = shares[0].update
+
+    def load() -> Update | None:
+        found = [(share.place, share.load()) for share in shares]
+        present = [(place, update) for place, update in found if update is not None]
+        if len(shares) == 1 and not shares[0].place:
+            return present[0][1] if present else None
+        return _fused(tensor, shape, present)
+
+    kind = _kind(shares, shape)
+    ranks = [share.update.rank or 0 for share in shares]
+    return LazyUpdate(
+        first.name,
+        kind,
+        shape,
+        first.dtype,
+        load,
+        rank=sum(ranks) or None,
+        origin=first.origin,
+        transposed=False,
+        stored=tuple(t for share in shares for t in share.update.stored),
+        beneath=first.beneath if len(shares) == 1 and shares[0].is_plain else None,
+        optional=first.optional,
+        rows=first.rows,
+        embedding=first.embedding,
+    )
+
+
+def _kind(shares: Sequence[Share], shape: Shape) -> Kind:
+    kinds = {share.update.kind for share in shares}
+    if kinds <= {"low_rank", "experts"}:
+        indexed = any(share.place and isinstance(share.place[0], int) for share in shares)
+        whole = any(s.update.kind == "experts" and not _is_one_expert(s.part) for s in shares)
+        return "experts" if indexed or whole else "low_rank"
+    if len(kinds) == 1 and (kinds <= {"dora", "replacement"} or len(shares) == 1):
+        (kind,) = kinds
+        return "dense" if kind == "lokr" and shares[0].part else kind
+    return "dense"
+
+
+def _is_one_expert(part: Indices) -> bool:
+    return bool(part) and isinstance(part[0], int)
+
+
+def _count(place: Indices, shape: Shape) -> int:
+    sizes = []
+    for axis, size in enumerate(shape):
+        index = place[axis] if axis < len(place) else slice(None)
+        sizes.append(len(range(*index.indices(size))) if isinstance(index, slice) else 1)
+    return math.prod(sizes)
+
+
+def _short(share: Share, shape: Shape) -> Indices:
+    """The place without trailing dimensions that are taken whole."""
+    found = list(share.place)
+    while found and found[-1] in (slice(None), slice(0, shape[len(found) - 1])):
+        found.pop()
+    return tuple(found)
+
+
+def _transposed(update: Update) -> Update:
+    if isinstance(update, LowRank | Experts | Dense | LoHa | LoKr | DoRA | IA3):
+        return update.transposed()
+    raise TypeError(f"{type(update).__name__} cannot be transposed")
+
+
+def _lazy_part(tensor: LazyTensor, part: Indices, flipped: bool) -> LazyTensor:
+    shape: list[int] = []
+    for axis, size in enumerate(tensor.shape):
+        index = part[axis] if axis < len(part) else slice(None)
+        if isinstance(index, slice):
+            shape.append(len(range(*index.indices(size))))
+    if flipped:
+        shape[-2:] = shape[:-3:-1]
+
+    def blocks() -> Iterator[torch.Tensor]:
+        values = tensor.read()[part] if part else tensor.read()
+        yield (values.mT if flipped else values).contiguous()
+
+    return LazyTensor(tensor.name, tensor.dtype, tuple(shape), blocks, tensor.origin)
+
+
+def _taken(update: Update, index: Indices, shape: Shape) -> Update:
+    """The part of an update of a weight; `index` is of the weight (E, ...) or (out, in, ...)."""
+    match update:
+        case Experts():
+            a, b = update.a[index[0]], update.b[index[0]]
+            rows, columns = (*index[1:], slice(None), slice(None))[:2]
+            b, a = b[..., rows, :], a[..., columns]
+            if isinstance(index[0], int):
+                return LowRank(a, b, update.scale)
+            return Experts(a, b, update.scale)
+        case Dense():
+            return Dense(update.values.reshape(shape)[index], update.scale)
+        case LowRank():
+            a = update.a
+            if len(index) > 1:
+                a = a.reshape(-1, *shape[1:])[(slice(None), *index[1:])].reshape(len(a), -1)
+            return LowRank(a, update.b[index[0]], update.scale)
+        case DoRA() if len(index) == 1 and update.axis == 0:
+            added = _taken(update.added, index, shape)
+            assert isinstance(added, LowRank | Dense | LoHa | LoKr)
+            return DoRA(added, update.magnitude[index[0]])
+        case LoHa() | LoKr():
+            from loratool.deltas import dense
+
+            return Dense(dense(update, shape)[index])
+    raise TypeError(f"no part can be taken of {type(update).__name__}")
+
+
+def _fused(tensor: str, shape: Shape, found: Sequence[tuple[Indices, Update]]) -> Update | None:
+    if not found:
+        return None
+    updates = [update for _, update in found]
+    if all(isinstance(update, LowRank | Experts) for update in updates):
+        return _fused_factors(shape, found)
+    if all(isinstance(update, DoRA) for update in updates):
+        return _fused_dora(shape, found)
+    if all(isinstance(update, Replacement) for update in updates):
+        return Replacement(_assembled(tensor, shape, found))
+    return _fused_dense(shape, found)
+
+
+def _fused_factors(shape: Shape, found: Sequence[tuple[Indices, Any]]) -> LowRank | Experts:
+    """B in blocks, the A side by side; for experts, one such pair each."""
+    import torch
+
+    if not any(_is_of_experts(place, update) for place, update in found):
+        shape = (shape[0], math.prod(shape[1:]))
+        rank = sum(update.rank for _, update in found)
+        a = torch.zeros(rank, shape[1], dtype=torch.float64)
+        b = torch.zeros(shape[0], rank, dtype=torch.float64)
+        done = 0
+        for place, update in found:
+            rows, columns = (*place, slice(None), slice(None))[:2]
+            part = slice(done, done + update.rank)
+            a[part, columns] = update.a.double()
+            b[rows, part] = update.b.double() * update.scale
+            done += update.rank
+        return LowRank(a, b)
+    number = shape[0]
+    by_expert: list[list[tuple[Indices, LowRank]]] = [[] for _ in range(number)]
+    for place, update in found:
+        first, rest = (place[0], place[1:]) if place else (slice(None), ())
+        if isinstance(first, int):
+            by_expert[first].append((rest, update))
+        else:
+            for count, expert in enumerate(range(*first.indices(number))):
+                by_expert[expert].append((rest, update.expert(count)))
+    pairs = [_fused_factors(shape[1:], parts) for parts in by_expert]
+    rank = max(pair.rank for pair in pairs)
+    a = torch.zeros(number, rank, shape[2], dtype=torch.float64)
+    b = torch.zeros(number, shape[1], rank, dtype=torch.float64)
+    for expert, pair in enumerate(pairs):
+        a[expert, : pair.rank], b[expert, :, : pair.rank] = pair.a, pair.b
+    return Experts(a, b)
+
+
+def _is_of_experts(place: Indices, update: Update) -> bool:
+    return isinstance(update, Experts) or (bool(place) and isinstance(place[0], int))
+
+
+def _fused_dora(shape: Shape, found: Sequence[tuple[Indices, Any]]) -> DoRA:
+    import torch
+
+    added = _fused(shape=shape, tensor="", found=[(place, update.added) for place, update in found])
+    assert isinstance(added, LowRank | Dense)
+    magnitude = torch.empty(shape[0], dtype=torch.float64)
+    for place, update in found:
+        magnitude[place[0]] = update.magnitude.double()
+    return DoRA(added, magnitude)
+
+
+def _fused_dense(shape: Shape, found: Sequence[tuple[Indices, Any]]) -> Dense:
+    import torch
+
+    from loratool.deltas import dense
+
+    values = torch.zeros(shape, dtype=torch.float64)
+    for place, update in found:
+        target = values[place]
+        target.copy_(dense(update, target.shape))
+    return Dense(values)
+
+
+def _assembled(tensor: str, shape: Shape, found: Sequence[tuple[Indices, Any]]) -> LazyTensor:
+    first: LazyTensor = found[0][1].tensor
+
+    def blocks() -> Iterator[torch.Tensor]:
+        import torch
+
+        from loratool.dtypes import torch_dtype
+
+        values = torch.empty(shape, dtype=torch_dtype(first.dtype))
+        for place, update in found:
+            values[place] = update.tensor.read()
+        yield values
+
+    return LazyTensor(tensor, first.dtype, shape, blocks, first.origin)
