@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import LazyUpdate
@@ -21,7 +21,7 @@ from loratool.dtypes import is_float
 from loratool.errors import Problem
 from loratool.families import is_embedding
 from loratool.updates import DoRA, Experts, Kind, LowRank, Replacement, Update
-from loratool_plugins.adapter_formats._experts import DOWN, GATE_UP, joined
+from loratool_plugins.adapter_formats._experts import DOWN, GATE_UP, assembled
 from loratool_plugins.adapter_formats._scales import unfold
 
 DEFAULT_SCALE = 20.0  # of every mlx_lm layer
@@ -118,7 +118,10 @@ class Reader:
             else:
                 found[update.name] = update
         for mlp, parts_of in switches.items():
-            found |= {update.name: update for update in self._experts(mlp, parts_of)}
+            shared = mlp in self.facts.shared
+            assembled_of, problem = assembled(experts_of(mlp), parts_of, shared)
+            found |= {update.name: update for update in assembled_of}
+            self.problems += [problem] if problem is not None else []
         return found
 
     def _complain(self, name: str, message: str, expected: str = "", found: str = "") -> None:
@@ -236,50 +239,6 @@ class Reader:
             module, "experts", (number, rows, width), a.dtype, load,
             rank=kept, origin=a.origin, stored=(a, b), transposed=False,
         )  # fmt: skip
-
-    def _experts(self, mlp: str, parts: Mapping[str, LazyUpdate]) -> Iterator[LazyUpdate]:
-        """The updates of the parameters that hold a layer's experts in transformers."""
-        name = experts_of(mlp)
-        if "down" in parts:
-            yield replace(parts["down"], name=f"{name}.{DOWN}")
-        halves = [parts[which] for which in ("gate", "up") if which in parts]
-        if not halves:
-            return
-        gate, up = parts.get("gate", halves[0]), parts.get("up", halves[0])
-        if gate.shape != up.shape:
-            message = "gate_proj and up_proj have different shapes"
-            self._complain(up.name, message, f"{gate.shape}", f"{up.shape}")
-            return
-        shared = mlp in self.facts.shared or len(halves) == 1
-        number, rows, width = gate.shape
-        missing = None if len(halves) == 2 else "up" if "gate" in parts else "gate"
-        rank = (gate.rank or 0) + (0 if shared else up.rank or 0)
-        yield replace(
-            gate,
-            name=f"{name}.{GATE_UP}",
-            shape=(number, 2 * rows, width),
-            load=_joined(gate, up, shared, missing),
-            rank=rank,
-            stored=tuple(tensor for half in halves for tensor in half.stored),
-        )
-
-
-def _joined(
-    gate: LazyUpdate, up: LazyUpdate, shared: bool, missing: str | None
-) -> Callable[[], Update]:
-    """Both halves' update; the missing one's is zero."""
-
-    def load() -> Update:
-        first, second = gate.load(), up.load()
-        if not isinstance(first, Experts) or not isinstance(second, Experts):
-            raise AssertionError("the parts of experts are experts")
-        if missing == "gate":
-            first = replace(first, b=first.b.new_zeros(first.b.shape))
-        elif missing == "up":
-            second = replace(second, b=second.b.new_zeros(second.b.shape))
-        return joined(first, second, shared)
-
-    return load
 
 
 def facts_of(ours: Mapping[str, Any]) -> Facts:
