@@ -17,7 +17,7 @@ from tests.peers.peft_side import load_strictly, on_base
 def test_embeddings_as_factors(name: str, pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     pair = pair_of(name)
     adapter = tmp_path / "adapter"
-    report = loratool.extract(pair.base, pair.tuned, rank=FULL, embeddings="lowrank").save(adapter)
+    loratool.extract(pair.base, pair.tuned, rank=FULL, embeddings="lowrank").save(adapter)
     model = on_base(pair, adapter)
     wanted = outputs(pair.load_tuned())
     assert distance(outputs(load_strictly(model, adapter)), wanted) < 1e-5
