@@ -285,3 +285,21 @@ def test_a_config_of_a_plain_model_may_speak_of_quantization(tmp_path: Path) -> 
 
 def test_the_error_is_an_input_error() -> None:
     assert issubclass(UnsupportedError, InputError)
+
+
+def test_files_of_torch_are_read_the_same_way(tmp_path: Path) -> None:
+    path = fp8_model(tmp_path / "model")
+    wanted = values(open_checkpoint(path))
+    stored = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(stored, path / "pytorch_model.bin")
+    found = open_checkpoint(path)
+    assert found.quantized[UP] == "fp8 (e4m3), blocks of 16x16"
+    assert all(torch.equal(value, wanted[name]) for name, value in values(found).items())
+    loratool.merge(path, [], requantize=True).save(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(
+        torch.equal(again[name].view(torch.uint8), value.contiguous().view(torch.uint8))
+        for name, value in stored.items()
+    )
