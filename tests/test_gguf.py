@@ -303,6 +303,11 @@ def test_a_missing_or_renamed_part_is_named(file: Path, tmp_path: Path) -> None:
         open_checkpoint(first)
 
 
+def test_a_file_of_any_name_is_known_by_its_beginning(file: Path) -> None:
+    other = file.rename(file.with_name("sha256-0123"))
+    assert open_checkpoint(other).quantized
+
+
 def test_a_directory_must_leave_no_doubt(file: Path, tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).keys() == open_checkpoint(file).keys()
     (tmp_path / "other.gguf").write_bytes(file.read_bytes())

@@ -113,6 +113,26 @@ def test_fp8_without_scales_is_a_plain_type(tmp_path: Path) -> None:
     assert found[UP].dtype == "F8_E4M3"
 
 
+def test_each_expert_has_its_own_scales(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(3, 20, 24, generator=generator)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    pairs = [block_scaled(matrix, BLOCK) for matrix in value]
+    codes, scales = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    path = rewritten(fp8_model(tmp_path / "a"), {name: codes, f"{name}_scale_inv": scales})
+    wanted = torch.stack([unscaled(*pair, BLOCK) for pair in pairs])
+    assert torch.equal(open_checkpoint(path)[name].read(), wanted)
+    whole = torch.rand(3, generator=generator)
+    path = rewritten(fp8_model(tmp_path / "b"), {name: codes, f"{name}_scale_inv": whole})
+    found = open_checkpoint(path)
+    assert torch.equal(found[name].read(), codes.float() * whole[:, None, None])
+    assert found.stored is not None
+    again = found.stored.forms[name].encode(wanted)
+    assert again["scales"].shape == (3,)
+    blocks = torch.cat(list(found.stored.forms[name].decode(again))).view(3, 20, 24)
+    assert float((blocks - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
 def test_large_matrices_come_in_tiles_that_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(50, 70, generator=generator)

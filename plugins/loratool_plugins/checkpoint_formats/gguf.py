@@ -44,7 +44,7 @@ class Gguf:
     def detect(self, path: Path) -> bool:
         """Whether there is a GGUF file; weights in another format beside it go before it."""
         if is_file(path):
-            return path.suffix == _SUFFIX or read_start(path, 4) == _MAGIC
+            return path.suffix == _SUFFIX or _has_magic(path)
         if not is_dir(path):
             return False
         suffixes = {entry.suffix for entry in entries(path) if is_file(entry)}
@@ -90,6 +90,14 @@ class Gguf:
             content = _with_padding(file, header, tensors)
             write_in_order(folder / file, header, content, executor, tell)
         write_side_files(checkpoint.side_files, folder)
+
+
+def _has_magic(path: Path) -> bool:
+    """Whether a file of another name is a GGUF file; model stores call theirs by digests."""
+    try:
+        return path.suffix not in _OTHER_WEIGHTS and read_start(path, 4) == _MAGIC
+    except OSError:
+        return False
 
 
 def _files(path: Path) -> list[Path]:
