@@ -62,7 +62,7 @@ class DeltaReader:
     def factorize(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
     ) -> LowRank | None:
-        """Factorize tuned - base, or None if they are equal.
+        """Factorize tuned - base, or None if they are equal, be it in different types.
 
         Args:
             base: (out, in), or (in, out) if `transposed`; a convolution's (out, in, *kernel) is
@@ -81,6 +81,8 @@ class DeltaReader:
             found = self._factors(base.read(), tuned.read(), generator)
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
+        if base.dtype != tuned.dtype and found.certificate.total == 0:
+            return None
         a, b = found.a, found.b
         if transposed:
             a, b = b.T.contiguous(), a.T.contiguous()
@@ -112,10 +114,12 @@ class DeltaReader:
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
             experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
+        certificates = [u.certificate for u in experts if u.certificate is not None]
+        if base.dtype != tuned.dtype and not any(c.total for c in certificates):
+            return None
         rank = max(update.rank for update in experts)
         pairs = [padded(update.a, update.b, rank) for update in experts]
         a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
-        certificates = [u.certificate for u in experts if u.certificate is not None]
         update = Experts(a, b, 1.0, _together(certificates, rank))
         if transposed:
             update = update.transposed()
@@ -147,7 +151,7 @@ class DeltaReader:
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
         if change == 0 and base.dtype != tuned.dtype:
-            return None  # the same values in another type: F32 norms in GGUF files
+            return None
         return Replacement(tuned, change / norm if norm else math.inf)
 
     def _read(self, base: LazyTensor, tuned: LazyTensor) -> bool:

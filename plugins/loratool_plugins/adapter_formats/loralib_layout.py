@@ -236,7 +236,7 @@ class Reader:
         update = self._low_rank(
             pair, pair.product[::-1], pair.rank, pair.rank, lambda update: update.transposed()
         )
-        return replace(update, transposed=False)
+        return replace(update, transposed=False, embedding=True)
 
     def _merged(self, pair: Pair, groups: int, out: int | None) -> LazyUpdate | None:
         """MergedLinear: one product for each enabled slot of the output."""
