@@ -37,7 +37,7 @@ def kind_of(module: nn.Module) -> str:
     if isinstance(module, (nn.Linear, Conv1D)):
         return "linear" if isinstance(module, nn.Linear) else "conv1d"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
-        return \"conv\"
+        return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else "other"
 
 
