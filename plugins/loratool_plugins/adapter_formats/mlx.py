@@ -43,6 +43,7 @@ class Mlx:
     """LoRA, DoRA and full fine-tunes as mlx_lm saves them."""
 
     carries: ClassVar[frozenset[Kind]] = frozenset({"low_rank", "experts", "dora", "replacement"})
+    refines: ClassVar[frozenset[str]] = frozenset({"peft"})  # where the config is no JSON
     library: ClassVar[str] = "mlx"
     usage: ClassVar[str] = """\
 ```python
