@@ -112,8 +112,10 @@ def kohya_spelling(module: str) -> str:
 def _all_names(shapes: Shapes, kind: str | None) -> Iterator[tuple[str, tuple[Rows, ...]]]:
     for whole in _modules(shapes):
         component, _, path = whole.module.partition(".")
-        for prefix in _prefixes(component, kind):
-            yield prefix + _underscored(path), (whole,)
+        # Trained with transformers 5.6 or later, CLIP's names lack their first part.
+        for spelling in dict.fromkeys((path, path.removeprefix("text_model."))):
+            for prefix in _prefixes(component, kind):
+                yield prefix + _underscored(spelling), (whole,)
     for name, rows in single_file_modules(shapes).items():
         yield _DENOISER + _underscored(name), rows
 

@@ -62,11 +62,13 @@ def lora_modules(model: Any) -> set[str]:
 
 def factored_modules(adapter: Path) -> set[str]:
     """The modules for which the file holds factors."""
+    ends = (".lora_A.weight", ".lora_embedding_A")
     keys = load_file(adapter / "adapter_model.safetensors")
     return {
-        key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        key.removeprefix(PREFIX).removesuffix(end)
         for key in keys
-        if key.endswith(".lora_A.weight")
+        for end in ends
+        if key.endswith(end)
     }
 
 

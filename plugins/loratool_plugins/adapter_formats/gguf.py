@@ -50,11 +50,11 @@ llama-cli -m BASE.gguf --lora ADAPTER/{FILE}
 
     def objection(self, path: Path) -> str:
         """Why there is no GGUF file with an adapter."""
-        from loratool_plugins.checkpoint_formats._gguf_header import read_header
-
         file = _file(path)
         if file is None:
             return "no .gguf file" if is_file(path) else "not one .gguf file"
+        from loratool_plugins.checkpoint_formats._gguf_header import read_header
+
         try:
             header = read_header(file)
         except InputError as error:

@@ -115,9 +115,7 @@ class Plan:
     def _lora(self, layout: Layout) -> dict[str, Any]:
         alphas = {n: entry.alpha for n, entry in self.written.items() if n in layout.low_rank}
         kinds = {self.adapter[name].kind for name in self.written}
-        parameters = {
-            n: e for n, e in self.written.items() if e.rank and n not in layout.low_rank
-        }  # fmt: skip
+        parameters = {n: e for n, e in self.written.items() if e.rank and not self._is_module(n)}
         config = layout.config(self.adapter, alphas)
         if parameters:
             config["target_parameters"] = sorted(parameters)
