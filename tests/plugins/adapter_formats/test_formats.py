@@ -91,6 +91,8 @@ def test_ranks_may_differ(form: str, base: Path, tmp_path: Path) -> None:
     assert_same_bits(merged(base, there, tmp_path / "found"), wanted)
     back = convert(there, "peft", tmp_path / "back")
     assert_same_bits(merged(base, back, tmp_path / "again"), wanted)
+    once_more = convert(back, form, tmp_path / "once more")  # what it takes of the base came along
+    assert_same_bits(merged(base, once_more, tmp_path / "third"), wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)
