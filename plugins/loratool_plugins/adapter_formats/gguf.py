@@ -79,7 +79,7 @@ llama-cli -m BASE.gguf --lora ADAPTER/{FILE}
         config = adapter.base_config or adapter.model_config
         architecture = architecture_of(config)
         if architecture is None:
-            yield Problem("error", adapter.label, _unknown_base(config))
+            yield Problem("error", "the base", _unknown_base(config))
             return
         names, heads = Names(architecture), heads_of(config)
         for update in adapter.values():
