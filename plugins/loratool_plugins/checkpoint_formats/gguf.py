@@ -46,6 +46,8 @@ class Gguf:
         if is_file(path):
             named = path.suffix == _SUFFIX or _has_magic(path)
             return "" if named else "does not begin like a GGUF file"
+        if not is_dir(path):
+            return "neither a file nor a directory"
         suffixes = {entry.suffix for entry in entries(path) if is_file(entry)}
         if _SUFFIX not in suffixes:
             return f"no {_SUFFIX} file"
