@@ -282,6 +282,13 @@ def test_names_give_a_scheme_away_where_there_is_no_config(
         open_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    path = save(tmp_path / "model", llama(), settings, model_type="imagegpt")
+    with pytest.raises(UnsupportedError, match="imagegpt model, some of whose weights"):
+        open_checkpoint(path)
+
+
 def test_names_that_only_look_like_scales_are_none(tmp_path: Path) -> None:
     scales = {"logit_scale": torch.tensor(2.6), "a.layer_scale": torch.ones(3)}
     tensors = {**scales, "a.scale": torch.ones(3), "a.weight": torch.ones(2, 3)}
