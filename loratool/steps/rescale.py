@@ -208,10 +208,11 @@ class Rescale:
 
 def _lasting(adapter: Adapter) -> dict[str, Any]:
     """What stays true of the adapter's own settings, and the updates themselves do not say."""
-    lasting = ["ensure_weight_tying"]
+    lasting: tuple[str, ...] = ()
     if adapter.settings.get("peft_type") == "LOKR":  # whose factors do not tell all of it
-        lasting += ["peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor"]
-    return {key: adapter.settings[key] for key in lasting if key in adapter.settings}
+        lasting = ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor")
+    kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
+    return {**kept, **adapter.lasting_settings}
 
 
 def _base_facts(adapter: Adapter) -> dict[str, Any]:
