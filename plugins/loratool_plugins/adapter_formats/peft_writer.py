@@ -129,7 +129,7 @@ class Plan:
         }
         config = layout.config(self.adapter, alphas)
         if parameters:
-            config["target_parameters"] = sorted(parameters)
+            config["target_parameters"] = list(parameters)  # in the order of their wrappers
             config = _with_parameters(config, parameters, bool(alphas))
         rows = {
             name.removesuffix(".weight"): list(self.adapter[name].rows)
