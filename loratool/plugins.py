@@ -87,6 +87,7 @@ class Step(Protocol):
             `apply(drain) -> Report`.
         names_base: (optional, False if absent) whether the operand `base` may be left out where
             the adapters name their base.
+        needs_base: (optional, True if absent) whether a base that is left out has to be found.
         reads_values: (optional, True if absent) whether the base's values are read.
     """
 

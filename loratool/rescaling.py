@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,7 @@ class Request:
         policy: how many singular values are kept.
         budget: bytes of all factors together; with `normalize`, of all at one rank.
         normalize: whether all get one rank and the scale 1.
+        pad: the least rank that `normalize` gives, by zeros.
         balance: whether A and B get equal norms.
         dtype: safetensors name of the factors' type, or None for theirs.
     """
@@ -53,6 +54,7 @@ class Request:
     policy: RankPolicy | None = None
     budget: int | None = None
     normalize: bool = False
+    pad: int = 0
     balance: bool = False
     dtype: str | None = None
 
@@ -196,9 +198,12 @@ class Rescaler:
 
     def _common_rank(self) -> int:
         """The rank that `normalize` gives all updates."""
-        if self._gathers:
-            return max(self._chosen_ranks().values())
-        return max(self._capped(update.rank) or 1 for update in self._updates.values())
+        ranks: Iterable[int] = (
+            self._chosen_ranks().values()
+            if self._gathers
+            else (self._capped(update.rank) or 1 for update in self._updates.values())
+        )
+        return max(self._request.pad, *ranks)
 
     def _chosen_ranks(self) -> Mapping[str, int]:
         with self._lock:
