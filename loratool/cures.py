@@ -95,7 +95,8 @@ class Cures:
         words += [f"--{cure.replace('_', '-')}" for cure in flags if cure in cures]
         words += [f"--format {to}"] if to is not None else []
         relative = "to_lora" in cures and any(u.kind in NEED_BASE for u in adapter.values())
-        renamed = to is not None and ("gguf" in (to, adapter.format) or adapter.naming != "")
+        named_by_base = {"gguf", "diffusers"} & {to, adapter.format}
+        renamed = to is not None and (bool(named_by_base) or adapter.naming != "")
         return " ".join([*words, *([f"--base {self._base}"] if relative or renamed else [])])
 
     def _rescale(self, path: str, cures: Collection[Cure]) -> str:

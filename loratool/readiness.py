@@ -225,6 +225,4 @@ def _place_findings(subject: Subject, cures: Cures) -> Iterator[Finding]:
     for message, tensors in names.items():
         what = f"{counted(len(tensors), 'update')} ({listed(tensors, 2)})"
         cure, note = cures.one("drop"), cures.note("drop")
-        yield Finding(
-            "place", "refuses", f"{what}: {message}", tuple(tensors), cure, "drop", note
-        )
+        yield Finding("place", "refuses", f"{what}: {message}", tuple(tensors), cure, "drop", note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,8 +144,8 @@ def _experts(subject: Subject) -> list[str]:
 
 def _lone_experts(subject: Subject) -> list[str]:
     names = _experts(subject)
-    modules = [name.rpartition(".")[0] for name in names]
-    return [n for n, module in zip(names, modules, strict=True) if modules.count(module) == 1]
+    number = Counter(name.rpartition(".")[0] for name in names)
+    return [name for name in names if number[name.rpartition(".")[0]] == 1]
 
 
 def _update(subject: Subject) -> list[str]:
