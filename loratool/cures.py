@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class Cures:
         if not cures or "merge" in cures:
             return ()
         server = self.subject.server
-        uniform = any(limit.trait == "ranks" and limit.does != "takes" for limit in server.limits)
-        if "to_lora" in cures and uniform:
-            cures.add("normalize")  # the ranks of what is converted differ
         to = server.write_as if cures & {"format", "drop"} else None
+        uniform = any(limit.trait == "ranks" and limit.does != "takes" for limit in server.limits)
+        is_remade = "to_lora" in cures or (to == "peft" != self.subject.adapter.format)
+        if is_remade and uniform:
+            cures.add("normalize")  # its ranks and alphas may differ, which headers do not tell
         late = to if to != "peft" else None  # other formats have no patterns to take away
         steps: list[tuple[str, str]] = []  # (verb or format, what the output is called)
         if cures & {"to_lora", "lora_only"} or (to is not None and late is None):
@@ -61,7 +63,7 @@ class Cures:
             steps.append(("write", late))
         found, path = [], self._adapter
         for number, (verb, end) in enumerate(steps, 1):
-            target = f"{self._adapter}-{server.name if number == len(steps) else end}"
+            target = self._named(server.name if number == len(steps) else f"{server.name}-{end}")
             match verb:
                 case "convert":
                     command = self._convert(path, cures - {"drop"}, None if late else to)
@@ -80,6 +82,14 @@ class Cures:
     @property
     def _adapter(self) -> str:
         return shlex.quote(self.subject.adapter.label)
+
+    def _named(self, end: str) -> str:
+        """What a result is called: after the adapter, beside it if it lies here."""
+        adapter = self.subject.adapter
+        start = adapter.label.rstrip("/")
+        if start != str(adapter.path).rstrip("/"):  # it comes from elsewhere
+            start = re.split("[@:]", start.rpartition("/")[2])[0]
+        return shlex.quote(f"{start.removesuffix('.safetensors').removesuffix('.gguf')}-{end}")
 
     @property
     def _base(self) -> str:

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 import loratool
 from fixtures.weights import ROOT
 from loratool import plugins
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import UsageError
 from loratool.opening import open_adapter
-from loratool.readiness import ready_servers
+from loratool.readiness import readiness, ready_servers
 from loratool.servers import SERVERS, Limit, Ranks, Server
 from loratool.traits import PLACES, TRAITS
 from tests.cli.tiny import done, llama, refused, save_model
@@ -238,3 +239,28 @@ def test_the_exit_status_is_that_of_the_worst(tmp_path: Path) -> None:
         result = command("validate", adapter, *words, "--json")
         assert result.data["ok"] is (status == 0) and set(result.data["servers"]) == set(flags)
     assert command("validate", adapter, "--for", "somewhere").status == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "called", "output"),
+    [
+        ("a/lora", "a/lora", "a/lora-sglang"),
+        ("a/lora.safetensors", "a/lora.safetensors", "a/lora-sglang"),
+        ("/cache/1", "org/lora@v2:math", "lora-sglang"),
+        ("/cache/2", "s3://bucket/lora", "lora-sglang"),
+    ],
+)
+def test_what_results_are_called(
+    path: str, called: str, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"use_rslora": True, "r": 8, "lora_alpha": 8, "target_modules": []}
+    updates = {
+        f"{module}.weight": LazyUpdate(
+            f"{module}.weight", "low_rank", (16, 16), "F32", lambda: None, rank=8
+        )
+        for module in (Q, V)
+    }
+    adapter = Adapter(updates, settings=settings, path=Path(path))
+    monkeypatch.setattr(Adapter, "label", called)
+    (command,) = readiness(adapter, "sglang").commands
+    assert command == f"loratool rescale {called} --normalize -o {output}"

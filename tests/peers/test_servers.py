@@ -300,6 +300,24 @@ def test_llama_cpp_gets_a_file_of_its_own(
     assert [file.name for file in Path("adapter-llama.cpp").glob("*.gguf")] == ["adapter.gguf"]
 
 
+@pytest.mark.parametrize("format", ["gguf", "mlx"])
+@pytest.mark.parametrize("name", ["ranks and rsLoRA", "DoRA"])
+def test_other_formats_become_ones_that_servers_load(
+    folder_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, name: str
+) -> None:
+    if (format, name) == ("gguf", "DoRA"):
+        pytest.skip("GGUF has no DoRA")
+    base = folder_of(name) / "base"
+    monkeypatch.chdir(tmp_path)
+    loratool.convert(folder_of(name) / "adapter", base, format=format).save("adapter")
+    for server in ("vllm", "sglang", "lorax"):
+        assert "format" in broken("adapter", server)
+        report = loratool.validate("adapter", base, servers=[server])
+        for line in report.data["servers"][server]["commands"]:
+            runs(line, base)
+        assert broken(f"adapter-{server}", server) == set()
+
+
 def test_a_base_tells_what_llama_cpp_has_no_place_for(
     folder_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
