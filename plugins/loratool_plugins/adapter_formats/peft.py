@@ -110,9 +110,10 @@ class Peft:
                 return
             layout = plan.layout()
             tensors = dict(plan.tensors(layout))
-            tensors |= {key: adapter.context[name] for key, name in layout.whole.items()}
+            context = plan.adapter.context
+            tensors |= {key: context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
-                tensors |= _placeholder(spool, adapter, layout.placeholder)
+                tensors |= _placeholder(spool, plan.adapter, layout.placeholder)
             metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, _SAID)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,16 +312,20 @@ def spool_all(
 ) -> Plan:
     """Append every update's tensors as they come."""
     plan = Plan(adapter, method_of(adapter))
+    kept: dict[str, LazyTensor] = {}
     biases: dict[str, Dense] = {}
     for update, found in results:
         if isinstance(found, Replacement):
             plan.replaced.add(update.name)
+            kept[update.name] = found.tensor.renamed(update.name)
         elif isinstance(found, Dense):
             biases[update.name] = found
         elif found is not None and not (update.kind == "ia3" and update.optional):
             plan.written[update.name] = _spooled(spool, adapter, update, found, plan.method)
     for name, bias in biases.items():
         plan.written[name] = _spooled_bias(spool, plan, name, bias)
+    # An adapter of another format has no context; what it replaces is all that is known of it.
+    plan.adapter = replace(adapter, context={**kept, **adapter.context})
     return plan
 
 
