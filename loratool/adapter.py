@@ -228,6 +228,11 @@ class Adapter(Mapping[str, LazyUpdate]):
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed adapter>"
 
+    @property
+    def lasting_settings(self) -> dict[str, Any]:
+        """What of its configuration still holds when its updates are changed."""
+        return {key: True for key in ("ensure_weight_tying",) if self.settings.get(key)}
+
     def reread(self, options: FormatOptions) -> Adapter:
         """The adapter read again with these facts; itself where its meaning does not need them.
 

@@ -434,7 +434,7 @@ def test_lora_only_keeps_factors_as_they_are_and_says_what_it_leaves_out() -> No
     given = {n: given for n, given in every_kind().items() if n not in ("experts.gate",)}
     adapter = adapter_of(
         given,
-        settings={"ensure_weight_tying": True},
+        settings={"ensure_weight_tying": True, "r": 2},
         context={"head.weight": tensor("head.weight", some.randn(8, 3, 3))},
         task_type="SEQ_CLS",
         dropped=("old.weight",),
@@ -442,7 +442,8 @@ def test_lora_only_keeps_factors_as_they_are_and_says_what_it_leaves_out() -> No
     )
     result = Convert(lora_only=True).run(adapter)
     assert list(result) == ["low.weight"] and result["low.weight"] is adapter["low.weight"]
-    assert not (result.context or result.settings or result.dropped or result.model_config)
+    assert not (result.context or result.dropped or result.model_config)
+    assert result.settings == {"ensure_weight_tying": True}
     assert result.task_type is None  # PEFT would look for the head
     (note,) = result.notes
     assert note.startswith("left out: ") and note.endswith(": what they change is lost")

@@ -16,6 +16,8 @@ import torch
 import transformers
 from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 from gguf.constants import GGMLQuantizationType as Kind
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import loratool
@@ -151,6 +153,28 @@ def test_rows_that_are_no_heads_are_named(
         open_checkpoint(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "embedding_length",
+            32,
+            r"token_embd\.weight: is \(64, 64\), but the metadata say width 32",
+        ),
+        ("block_count", 1, r"blk\.1\.\S+: the metadata say 1 layers"),
+        ("block_count", 3, r"blk\.2\.\S+: is missing, but the first layer has it"),
+        ("attention.head_count", 0, r"attention.head_count is 0"),
+    ],
+)
+def test_metadata_that_contradict_the_tensors_are_told(
+    key: str, value: int, message: str, llama: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    more = {f"llama.{key}": (value, GGUFValueType.UINT32)}
+    file = save_gguf(tmp_path / "x.gguf", "llama", llama, metadata=more)
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(file)
+
+
 # ---- tiles
 
 
@@ -277,6 +301,11 @@ def test_a_missing_or_renamed_part_is_named(file: Path, tmp_path: Path) -> None:
     alone.rename(first)
     with pytest.raises(FormatError, match="is part 3 of the model by its header and part 2 by its"):
         open_checkpoint(first)
+
+
+def test_a_file_of_any_name_is_known_by_its_beginning(file: Path) -> None:
+    other = file.rename(file.with_name("sha256-0123"))
+    assert open_checkpoint(other).quantized
 
 
 def test_a_directory_must_leave_no_doubt(file: Path, tmp_path: Path) -> None:
@@ -562,3 +591,52 @@ def test_report_of_an_inspection_names_the_schemes(file: Path) -> None:
     assert report.data["files"].keys() == {"model.gguf"}
     assert math.isclose(sum(report.data["files"].values()), file.stat().st_size, rel_tol=0.1)
     assert any(line.startswith("quantized: GGUF Q8_0") for line in report.lines)
+
+
+def test_of_a_model_that_lies_elsewhere_only_the_header_comes(file: Path, tmp_path: Path) -> None:
+    from loratool import files
+
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    brought = []
+
+    def fetch(name: str) -> None:
+        brought.append(name)
+        (folder / name).write_bytes(file.read_bytes())
+
+    mirror = files.Mirror(
+        "org/name", folder, {"x.gguf": file.stat().st_size},
+        lambda name, count: file.read_bytes()[:count], fetch,
+    )  # fmt: skip
+    files.add_mirror(mirror)
+    try:
+        found = open_checkpoint(folder)
+        assert found.quantized and not brought
+        assert torch.equal(found[Q].read(), open_checkpoint(file)[Q].read())
+        assert brought == ["x.gguf"]
+    finally:
+        del files._mirrors[folder]
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300,
+    derandomize=True,
+)  # fmt: skip
+@given(
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+    keep=st.floats(0, 1) | st.just(1.0),
+)
+def test_a_damaged_header_is_an_error_or_a_model(
+    edits: list[tuple[float, int]], keep: float, llama: transformers.PreTrainedModel, file: Path
+) -> None:
+    whole = save_gguf(file.with_name("whole.gguf"), "llama", llama, Kind.Q8_0).read_bytes()
+    damaged, header = bytearray(whole), len(read_header(file.with_name("whole.gguf")).raw)
+    for place, byte in edits:
+        damaged[int(place * header)] = byte
+    file.write_bytes(damaged[: int(keep * len(damaged))])
+    try:
+        found = open_checkpoint(file)
+    except InputError as error:
+        assert str(file) in str(error)
+    else:
+        assert all(tensor.read().shape == tensor.shape for tensor in found.values())

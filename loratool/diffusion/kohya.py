@@ -35,7 +35,7 @@ _DOTTED = {
     "text_encoders.clip_g.transformer.": "lora_te2_",
     "text_encoders.t5xxl.transformer.": "lora_te3_",
 }
-_FUSED = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
+_BY_SINGLE_FILE = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
     ambiguous = kohya_modules(shapes).ambiguous
     found: dict[str, tuple[Rows, ...]] = {}
     covered: set[str] = set()
-    if kind in _FUSED:
+    if kind in _BY_SINGLE_FILE:
         for name, rows in single_file_modules(shapes).items():
             found[_DENOISER + _underscored(name)] = rows
             covered.update(row.module for row in rows)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
 from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Provenance
-from loratool.binding import bind
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.engine import refusals
@@ -20,11 +19,12 @@ from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option
 from loratool.reports import listed
-from loratool.skeleton import TASK_HEADS, build_skeleton
+from loratool.skeleton import TASK_HEADS
+from loratool.underneath import Underneath, weights_below
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 
 if TYPE_CHECKING:
-    from loratool.converting import Converter, Underneath
+    from loratool.converting import Converter
 
 # Without --rank and --energy: exact up to the largest rank that servers commonly take, and beyond
 # it the smallest rank up to the same for this share of ||delta||^2.
@@ -152,7 +152,7 @@ class Convert:
         )
         adapter = adapter.reread(told)
         raise_problems(f"{adapter.label} cannot be converted:", adapter.problems)
-        below = {} if base is None else _weights(adapter, base)
+        below = {} if base is None else weights_below(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None
         if self.to_lora and (chosen := _to_convert(kept)):
@@ -170,13 +170,13 @@ class Convert:
             _without(adapter, left_out),
             updates=planned,
             format=self.format or adapter.format,
-            settings={} if changed or left_out else adapter.settings,
+            settings=adapter.lasting_settings if changed or left_out else adapter.settings,
             base_name=adapter.base_name or (base.hub_name if base is not None else ""),
             base_config=adapter.base_config if base is None else base.config,
             files={},
             path=None,
         )
-        grouped = _grouped_convolutions(changed, below, base)
+        grouped = _grouped_convolutions(changed, below)
         result, dropped = self._fitting(result, adapter.label, grouped)
         notes = (*adapter.notes, *dropped, *self._notes(kept, left_out, converter))
         return replace(
@@ -372,44 +372,21 @@ def _may_be_convolution(update: LazyUpdate) -> bool:
     return len(update.shape) == 2 and "conv" in module.rpartition(".")[2]
 
 
-def _weights(adapter: Adapter, base: Checkpoint) -> dict[str, Underneath]:
-    """Update -> the base's weight below it.
-
-    Raises:
-        MismatchError: the adapter does not fit the base; all complaints at once.
-    """
-    from loratool.converting import Underneath
-
-    binding = bind(adapter, base)
-    raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
-    found: dict[str, Underneath] = {}
-    for bound in binding.changed.values():
-        under = Underneath(base[bound.tensor], bound.transposed)
-        found.setdefault(bound.update.name, under)
-    return found
-
-
-def _grouped_convolutions(
-    changed: Iterable[str], below: Mapping[str, Underneath], base: Checkpoint | None
-) -> list[Problem]:
+def _grouped_convolutions(changed: Iterable[str], below: Mapping[str, Underneath]) -> list[Problem]:
     """Complaints about low-rank updates of convolutions in groups, where the base tells of them.
 
     The factors that libraries train for these let every group see all inputs, which the weight of
     such a convolution does not.
     """
-    kernels = {n: below[n] for n in changed if n in below and len(below[n].shape) > 2}
-    if base is None or not kernels:
-        return []
-    groups = build_skeleton(base.config, {n: t.shape for n, t in base.items()}).groups
     return [
         Problem(
             "error",
             name,
-            f"is for a convolution in {groups[under.tensor.name]} groups, which plain LoRA has no "
-            "form for that can be merged: leave it out (--drop)",
+            f"is for a convolution in {below[name].groups} groups, which plain LoRA has no form "
+            "for that can be merged: leave it out (--drop)",
         )
-        for name, under in kernels.items()
-        if under.tensor.name in groups
+        for name in changed
+        if name in below and below[name].groups > 1
     ]
 
 

@@ -17,7 +17,7 @@ from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
-from loratool.families import FAMILIES, is_buffer
+from loratool.families import FAMILIES, is_buffer, is_embedding
 from loratool.files import file_content
 from loratool.in_memory import in_memory, pieces_by_tensor
 from loratool.json_files import parse_json
@@ -120,7 +120,7 @@ class Extract:
             moves=plan.alignment.moves,
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=(*plan.notes, *_shared_notes(self, plan)),
+            notes=(*plan.notes, *_table_notes(self, plan)),
             format=self.format,
             provenance=_provenance(plan, self._base_name(base)),
             facts=lambda: _facts(self, policy, plan, reader),
@@ -366,16 +366,24 @@ def _is_factored(step: Extract, plan: _Plan, name: str) -> bool:
         return False
     kind = plan.kinds.get(name, "other")
     if kind == "embedding":
-        return step.embeddings == "lowrank" and not _is_shared_by_tables(plan, name)
+        return step.embeddings == "lowrank" and not _why_whole(plan, name)
     if kind == "conv":  # PEFT's factors of a convolution in groups cannot be merged
         return name not in plan.skeleton.groups
     return kind in ("linear", "conv1d", "experts")
 
 
-def _is_shared_by_tables(plan: _Plan, name: str) -> bool:
-    """Whether an embedding is another one, too, of which PEFT can adapt only one (T5)."""
-    users = (user for user, source in plan.skeleton.tied.items() if source == name)
-    return any(plan.kinds.get(user) != "linear" for user in users)
+def _why_whole(plan: _Plan, name: str) -> str:
+    """Why PEFT cannot adapt an embedding by factors; "" if it can."""
+    module = name.rpartition(".")[0]
+    users = [n.rpartition(".")[0] for n, source in plan.skeleton.tied.items() if source == name]
+    if any(is_embedding(user) for user in users):
+        return "several tables share these values"  # T5
+    names = {user.rpartition(".")[2] for user in (module, *users)}
+    if users and not names & {"embed_tokens", "lm_head"}:
+        return f"PEFT does not know that {users[0]} shares its values"  # BERT
+    if module.endswith("embed_positions"):
+        return "looked up with an offset, which PEFT's factors are not"  # OPT, BART
+    return ""
 
 
 def _low_rank(
@@ -433,14 +441,11 @@ def _tied_heads(plan: _Plan, low_rank: dict[str, LazyUpdate]) -> dict[str, LazyU
     return heads
 
 
-def _shared_notes(step: Extract, plan: _Plan) -> list[str]:
+def _table_notes(step: Extract, plan: _Plan) -> list[str]:
     if step.embeddings == "whole":
         return []
     tables = [n for n in plan.selected if plan.kinds.get(n) == "embedding"]
-    shared = [name for name in tables if _is_shared_by_tables(plan, name)]
-    if not shared:
-        return []
-    return [f"kept whole: {listed(shared, 4)}: several tables share these values"]
+    return [f"{name}: kept whole: {why}" for name in tables if (why := _why_whole(plan, name))]
 
 
 def _replacement(

@@ -152,7 +152,7 @@ class Rescale:
         return replace(
             adapter,
             updates={**adapter.updates, **planned},
-            settings={},
+            settings=adapter.lasting_settings,
             files={},
             notes=(*adapter.notes, *self._notes(adapter)),
             rslora=adapter.rslora and not self.normalize,

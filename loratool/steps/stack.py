@@ -137,6 +137,7 @@ class Stack:
             kinds={name: kind for a in plan.adapters for name, kind in a.kinds.items()},
             tied=_tied(plan),
             moves=_moves(plan.adapters),
+            settings={k: v for a in plan.adapters for k, v in a.lasting_settings.items()},
             rslora=len(plan.adapters) == 1 and first.rslora,
             short_targets=_short_targets(plan),
             base_digests=_base_digests(plan.adapters),

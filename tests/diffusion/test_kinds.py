@@ -36,6 +36,8 @@ CLASSES: dict[str, dict[str, Any]] = {
 def kind_of(module: nn.Module) -> str:
     if isinstance(module, (nn.Linear, Conv1D)):
         return "linear" if isinstance(module, nn.Linear) else "conv1d"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else "other"
 
 
@@ -66,4 +68,4 @@ def test_single_files_are_no_guess() -> None:
     )
     block = "model.diffusion_model.input_blocks.1."
     assert skeleton.kinds[f"{block}1.transformer_blocks.0.attn1.to_q.weight"] == "linear"
-    assert skeleton.kinds[f"{block}0.in_layers.2.weight"] == "other"
+    assert skeleton.kinds[f"{block}0.in_layers.2.weight"] == "conv"

@@ -50,11 +50,11 @@ llama-cli -m BASE.gguf --lora ADAPTER/{FILE}
 
     def objection(self, path: Path) -> str:
         """Why there is no GGUF file with an adapter."""
-        from loratool_plugins.checkpoint_formats._gguf_header import read_header
-
         file = _file(path)
         if file is None:
             return "no .gguf file" if is_file(path) else "not one .gguf file"
+        from loratool_plugins.checkpoint_formats._gguf_header import read_header
+
         try:
             header = read_header(file)
         except InputError as error:
@@ -79,7 +79,7 @@ llama-cli -m BASE.gguf --lora ADAPTER/{FILE}
         config = adapter.base_config or adapter.model_config
         architecture = architecture_of(config)
         if architecture is None:
-            yield Problem("error", adapter.label, _unknown_base(config))
+            yield Problem("error", "the base", _unknown_base(config))
             return
         names, heads = Names(architecture), heads_of(config)
         for update in adapter.values():

@@ -127,12 +127,12 @@ class Reader:
             return {}
         shifted = Layout("shifted") if self.names.is_shifted(entry.name) else Layout()
         value = self.replaced[name] = _lazy(self.header.path, entry, shifted).renamed(name)
-        load: Callable[[], Update] = lambda: Replacement(value)  # noqa: E731
         stored = (_lazy(self.header.path, entry),)
         origin = str(self.header.path)
         update = LazyUpdate(
-            name, "replacement", value.shape, value.dtype, load, origin=origin, stored=stored
-        )
+            name, "replacement", value.shape, value.dtype, lambda: Replacement(value),
+            origin=origin, stored=stored,
+        )  # fmt: skip
         return {name: update}
 
     def _parameter(self, tensor: str) -> str | None:
@@ -216,9 +216,9 @@ class Reader:
         return lambda b: b if fold is None else unfold(b, *fold)
 
 
-def _lazy(path: Path, entry: Entry, layout: Layout = Layout()) -> LazyTensor:  # noqa: B008
-    """A tensor as the converter found it."""
-    codec = Codec(entry.kind, entry.shape, layout)
+def _lazy(path: Path, entry: Entry, layout: Layout | None = None) -> LazyTensor:
+    """A tensor as it is stored, or, given what the converter did to it, as it was before."""
+    codec = Codec(entry.kind, entry.shape, layout or Layout())
 
     def blocks() -> Iterator[torch.Tensor]:
         import torch

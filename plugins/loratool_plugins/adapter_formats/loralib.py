@@ -104,7 +104,7 @@ model.load_state_dict(torch.load("ADAPTER/{FILE}", weights_only=True), strict=Fa
                     found = found.transposed()
                 alpha = alpha_of(found.scale, found.rank)
                 folded = fold(found.b, alpha, TORCH_TYPES)
-                if alpha != DEFAULT_ALPHA:
+                if alpha not in (0, DEFAULT_ALPHA):
                     folds[module] = alpha, spool.add(module, found.b).dtype
                 if not folded.exact:
                     rounded.append(module)

@@ -43,6 +43,7 @@ class Mlx:
     """LoRA, DoRA and full fine-tunes as mlx_lm saves them."""
 
     carries: ClassVar[frozenset[Kind]] = frozenset({"low_rank", "experts", "dora", "replacement"})
+    refines: ClassVar[frozenset[str]] = frozenset({"peft"})  # where the config is no JSON
     library: ClassVar[str] = "mlx"
     usage: ClassVar[str] = """\
 ```python
@@ -55,8 +56,9 @@ model, tokenizer = load("BASE", adapter_path="ADAPTER")
         """Why there is no adapters.safetensors of MLX."""
         folder, file = _place(path)
         if is_dir(path) and not is_file(file):
-            old = is_file(path / _OLD)
-            return f"no {WEIGHTS}" + f", but {_OLD}: save its arrays as {WEIGHTS}" * old
+            if is_file(path / _OLD):
+                return f"{_OLD} is of an old MLX: save its arrays as {WEIGHTS}"
+            return f"no {WEIGHTS}"
         if file.suffix != ".safetensors":
             return "no .safetensors file"
         try:
@@ -212,12 +214,13 @@ def _model_type(adapter: Adapter) -> str:
 def _refusal(update: LazyUpdate, kinds: set[Kind], model_type: str) -> str:
     """Why an update cannot be written; "" if it can."""
     if update.kind == "replacement":
-        mixed = kinds != {"replacement"}
-        return "MLX takes either updates or whole tensors, not both: leave these out" * mixed
+        if kinds == {"replacement"}:
+            return ""
+        return "MLX takes either updates or whole tensors, not both: leave these out"
     if update.kind == "experts":
         if switch_of(update, model_type) is None or update.shape[1] % 2:
             return "MLX has gate_up_proj and down_proj of experts only: leave it out"
-        return "MLX has no DoRA of experts, and one config for all" * ("dora" in kinds)
+        return "MLX has no experts beside DoRA: convert with --to-lora" if "dora" in kinds else ""
     if update.kind == "low_rank" and "dora" in kinds:
         return "MLX has either DoRA or LoRA in all layers: convert with --to-lora"
     if len(update.shape) > 2:

@@ -132,9 +132,8 @@ class Reader:
             message = "is quantized: what replaces a tensor must be floats"
             self._complain(name, message, "a float", tensor.dtype)
         value = self.replaced[name] = tensor.renamed(name)
-        load: Callable[[], Update] = lambda: Replacement(value)  # noqa: E731
         return LazyUpdate(
-            name, "replacement", tensor.shape, tensor.dtype, load,
+            name, "replacement", tensor.shape, tensor.dtype, lambda: Replacement(value),
             origin=tensor.origin, stored=(tensor,),
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
+    is_inside,
     number,
     pattern,
     plan_layout,
@@ -91,10 +92,16 @@ class Plan:
         kind = self.adapter[name].kind
         return name.endswith(".weight") and kind not in ("dense", "rows", "experts")
 
+    def _is_inside(self, name: str, layout: Layout) -> bool:
+        """Whether a parameter is in a module that is kept whole."""
+        if self._is_module(name):
+            return name not in layout.low_rank
+        return is_inside(name.rpartition(".")[0], layout.modules_to_save)
+
     def tensors(self, layout: Layout) -> Iterator[tuple[str, LazyTensor]]:
         """Every factor that is written."""
         for name, entry in self.written.items():
-            if self._is_module(name) and name not in layout.low_rank:
+            if self._is_inside(name, layout):
                 continue
             yield from entry.tensors.items()
             beneath = self.adapter[name].beneath
@@ -115,7 +122,11 @@ class Plan:
     def _lora(self, layout: Layout) -> dict[str, Any]:
         alphas = {n: entry.alpha for n, entry in self.written.items() if n in layout.low_rank}
         kinds = {self.adapter[name].kind for name in self.written}
-        parameters = {n: e for n, e in self.written.items() if e.rank and not self._is_module(n)}
+        parameters = {
+            name: entry
+            for name, entry in self.written.items()
+            if entry.rank and not self._is_module(name) and not self._is_inside(name, layout)
+        }
         config = layout.config(self.adapter, alphas)
         if parameters:
             config["target_parameters"] = sorted(parameters)
@@ -301,16 +312,20 @@ def spool_all(
 ) -> Plan:
     """Append every update's tensors as they come."""
     plan = Plan(adapter, method_of(adapter))
+    kept: dict[str, LazyTensor] = {}
     biases: dict[str, Dense] = {}
     for update, found in results:
         if isinstance(found, Replacement):
             plan.replaced.add(update.name)
+            kept[update.name] = found.tensor.renamed(update.name)
         elif isinstance(found, Dense):
             biases[update.name] = found
         elif found is not None and not (update.kind == "ia3" and update.optional):
             plan.written[update.name] = _spooled(spool, adapter, update, found, plan.method)
     for name, bias in biases.items():
         plan.written[name] = _spooled_bias(spool, plan, name, bias)
+    # An adapter of another format has no context; what it replaces is all that is known of it.
+    plan.adapter = replace(adapter, context={**kept, **adapter.context})
     return plan
 
 

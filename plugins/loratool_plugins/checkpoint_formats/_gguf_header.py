@@ -168,7 +168,10 @@ class _Cursor:
         if inner == _STRING:
             self._skip_strings(count)
             return count
-        return [self.value(inner) for _ in range(count)]
+        raise FormatError(
+            f"{self._path}: an array of the type {inner} in its metadata is not read; download it "
+            "again"
+        )
 
 
 def _parse(path: Path, data: bytes, size: int) -> Header:
@@ -222,6 +225,8 @@ def _entry(path: Path, cursor: _Cursor) -> Entry:
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise FormatError(f"{path}: {name}: has {dimensions} dimensions; download it again")
     shape = cursor.take(f"{dimensions}Q")[::-1]
+    if not all(0 < size < 1 << 63 for size in shape):
+        raise FormatError(f"{path}: {name}: has the shape {shape}; download it again")
     number, begin = cursor.take("IQ")
     try:
         kind = GGMLQuantizationType(number)
