@@ -128,6 +128,8 @@ class AdapterFormat(Protocol):
         carries: the kinds of update that it can hold (`loratool.updates`).
         refines: (optional) as of a `CheckpointFormat`.
         namings: (optional, empty if absent) unresolved names (`Adapter.naming`) that it can write.
+        canonical: (optional, False if absent) whether it calls the modules of diffusion models as
+            diffusers does ("unet.conv_in"), or by names that these tell.
         library: (optional, "peft" if absent) the Hub's name of the library that loads it.
         usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
             directory; PEFT's way if absent.

@@ -34,6 +34,7 @@ def text_of(adapter: Adapter, said: Collection[str] = (), **more: Any) -> str:
         "base_name": adapter.base_name,
         "base_revision": adapter.base_revision,
         "naming": adapter.naming,
+        "layout": {name: [list(row) for row in rows] for name, rows in adapter.layout.items()},
         "rslora": adapter.rslora,
         "short_targets": {name: sorted(found) for name, found in adapter.short_targets.items()},
         "transposed": [name for name, update in adapter.items() if update.transposed],
@@ -74,7 +75,11 @@ def restored(ours: Mapping[str, Any], label: str) -> dict[str, Any]:
             name: frozenset(map(_text, modules)) for name, modules in found["short_targets"].items()
         }
         found["moves"] = tuple((_text(old), _text(new)) for old, new in ours.get("moves", ()))
-    except (TypeError, ValueError) as error:
+        found["layout"] = {
+            name: tuple((_text(module), int(start), int(stop)) for module, start, stop in rows)
+            for name, rows in ours.get("layout", {}).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
         raise FormatError(f"{label}: its {KEY} metadata is not what loratool writes") from error
     found["rslora"] = ours.get("rslora") is True
     return found
