@@ -144,7 +144,12 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
     """
     first = shares[0].update
 
+    rows = _reordered(shares, shape)
+
     def load() -> Update | None:
+        if rows is not None:
+            whole = first.load()
+            return None if whole is None else rows_of(whole, rows)
         found = [(share.place, share.load()) for share in shares]
         present = [(place, update) for place, update in found if update is not None]
         if len(shares) == 1 and not shares[0].place:
@@ -152,7 +157,7 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
         return _fused(tensor, shape, present)
 
     kind = _kind(shares, shape)
-    ranks = [share.update.rank or 0 for share in shares]
+    ranks = [share.update.rank or 0 for share in shares[: 1 if rows else None]]
     return LazyUpdate(
         first.name,
         kind,
@@ -168,6 +173,26 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
         rows=first.rows,
         embedding=first.embedding,
     )
+
+
+def _reordered(shares: Sequence[Share], shape: Shape) -> list[Index] | None:
+    """The rows of the one update whose rows, in another order, are the tensor's; else None."""
+    first = shares[0]
+    plain = all(
+        share.update is first.update
+        and len(share.part) == len(share.place) == 1
+        and isinstance(share.part[0], slice)
+        and not (share.flipped or share.transposed)
+        for share in shares
+    )
+    if len(shares) < 2 or not plain or first.update.kind == "replacement":
+        return None
+    places = [(_rows(share.place, None), share.part[0]) for share in shares]
+    places.sort(key=lambda item: item[0].start)
+    stops = [0, *(place.stop for place, _ in places)]
+    if [place.start for place, _ in places] != stops[:-1] or stops[-1] != shape[0]:
+        return None
+    return [part for _, part in places]
 
 
 def _kind(shares: Sequence[Share], shape: Shape) -> Kind:
@@ -240,7 +265,7 @@ def _taken(update: Update, index: Indices, shape: Shape) -> Update:
             a = update.a
             if len(index) > 1:
                 a = a.reshape(-1, *shape[1:])[(slice(None), *index[1:])].reshape(len(a), -1)
-            return LowRank(a, update.b[index[0]], update.scale)
+            return _trimmed(LowRank(a, update.b[index[0]], update.scale))
         case DoRA() if len(index) == 1 and isinstance(index[0], slice):
             return rows_of(update, index)
         case LoHa() | LoKr():
@@ -253,7 +278,8 @@ def _taken(update: Update, index: Indices, shape: Shape) -> Update:
 def cut_rows(update: LazyUpdate, name: str, rows: Sequence[slice]) -> LazyUpdate:
     """Some rows of an update as one of the parameter `name`, which has these rows, in this order.
 
-    What is a LoKr may turn out dense when it is loaded (`rows_of`).
+    When it is loaded, a LoKr may turn out dense (`rows_of`), and a low-rank update of a smaller
+    rank, or none at all, where these rows are zero.
     """
     height = sum(row.stop - row.start for row in rows)
     is_of_columns = update.kind == "ia3" and len(update.shape) == 2 and not update.shape[0]
@@ -262,7 +288,8 @@ def cut_rows(update: LazyUpdate, name: str, rows: Sequence[slice]) -> LazyUpdate
 
     def load() -> Update | None:
         found = update.load()
-        return None if found is None else rows_of(found, rows)
+        part = None if found is None else rows_of(found, rows)
+        return None if isinstance(part, LowRank) and not part.b.count_nonzero() else part
 
     return replace(update, name=name, shape=(height, *update.shape[1:]), load=load, stored=())
 
@@ -283,7 +310,7 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
     """
     match update:
         case LowRank():
-            return replace(update, b=_cut(update.b, rows), certificate=None)
+            return _trimmed(LowRank(update.a, _cut(update.b, rows), update.scale))
         case Dense():
             return replace(update, values=_cut(update.values, rows))
         case LoHa():
@@ -300,6 +327,18 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
         case Replacement() if len(rows) == 1:
             return Replacement(_lazy_part(update.tensor, tuple(rows), flipped=False))
     raise TypeError(f"no rows can be taken of {type(update).__name__}")
+
+
+def _trimmed(update: LowRank) -> LowRank:
+    """The same delta without the columns of B that are zero, of which the first stays in any case.
+
+    What was put together of several modules' updates is so again what each of them was.
+    """
+    used = (update.b != 0).any(dim=0)
+    if used.all():
+        return update
+    used[0] |= not used.any()
+    return LowRank(update.a[used], update.b[:, used], update.scale)
 
 
 def _cut(values: torch.Tensor, rows: Sequence[Index]) -> torch.Tensor:

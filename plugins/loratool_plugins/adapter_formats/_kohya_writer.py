@@ -191,8 +191,8 @@ class Writer:
         module, _, leaf = name.rpartition(".")
         present = {
             part: found
-            for part, found in parts.items()
-            if isinstance(found, LowRank | Dense | DoRA)
+            for part in self.names.parts(module)
+            if isinstance(found := parts.get(part), LowRank | Dense | DoRA)
         }
         if not present:
             return

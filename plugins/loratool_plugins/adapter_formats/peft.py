@@ -16,7 +16,7 @@ from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import Kind, Update
 from loratool.writer import Spool, write_file, write_safetensors
-from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats import _ours, peft_config
 from loratool_plugins.adapter_formats.peft_config import check_settings
 from loratool_plugins.adapter_formats.peft_reader import PREFIX, Reader
 from loratool_plugins.adapter_formats.peft_writer import CARRIES, refusals, spool_all
@@ -84,7 +84,8 @@ class Peft:
             base_revision=str(settings.get("revision") or ""),
             tied=dict(ours.get("tied", {})),
             moves=tuple((str(old), str(new)) for old, new in ours.get("moves", ())),
-            settings=settings,
+            settings={**ours.get("settings", {}), **settings},
+            layout=_ours.layout_of(ours, str(weights)),
             context=reader.replaced,
             rslora=bool(settings.get("use_rslora")),
             short_targets=_short_targets(settings, updates),
@@ -118,6 +119,10 @@ class Peft:
                 "tied": dict(adapter.tied),
                 "moves": [list(move) for move in adapter.moves],
             }
+            if adapter.layout:
+                extra["layout"] = {name: list(rows) for name, rows in adapter.layout.items()}
+            if adapter.settings and "peft_type" not in adapter.settings:
+                extra["settings"] = dict(adapter.settings)
             metadata = {"format": "pt", _OURS: json.dumps(extra, sort_keys=True)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)
