@@ -196,12 +196,12 @@ class Writer:
         }
         if not present:
             return
-        found = fused(present, self.names.rows[module])
-        self.parts[name] = {f"{part}.{leaf}": c for part, c in found.columns.items()}
-        self.folds |= {f"{part}.{leaf}": fold for part, fold in found.folds.items()}
-        if not found.exact:
+        together = fused(present, self.names.rows[module])
+        self.parts[name] = {f"{part}.{leaf}": c for part, c in together.columns.items()}
+        self.folds |= {f"{part}.{leaf}": fold for part, fold in together.folds.items()}
+        if not together.exact:
             self.rounded.append(name)
-        self._write(name, name, found.update, self.adapter[f"{next(iter(present))}.{leaf}"])
+        self._write(name, name, together.update, self.adapter[f"{next(iter(present))}.{leaf}"])
 
     def _write(self, own: str, name: str, found: Update, update: LazyUpdate) -> None:
         """Spool one update's tensors.
