@@ -163,6 +163,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         task_type: PEFT's name of the task ("SEQ_CLS"), or None.
         base_name: the base model's Hub id, as far as the adapter says; or a path, or "".
         base_revision: the base's revision on the Hub, or "".
+        base_config: the base's config.json where it is known; formats that rearrange weights by
+            the model's heads need it.
         context: the tensors of the fine-tuned model by the same names, for formats that can only
             store whole modules; of an adapter read from a file, those that it replaces.
         kinds: parameter name -> the kind of module in the fine-tuned model (`loratool.skeleton`).
@@ -196,6 +198,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     task_type: str | None = None
     base_name: str = ""
     base_revision: str = ""
+    base_config: Mapping[str, Any] | None = field(default=None, repr=False)
     context: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     tied: Mapping[str, str] = field(default_factory=dict)

@@ -106,9 +106,11 @@ def extract(
     seed: int = 0,
     dtype: str | None = None,
     lora_only: bool = False,
+    embeddings: str = "whole",
     map: Sequence[str] = (),
     architecture: str = "",
     base_name: str = "",
+    format: str = "peft",
 ) -> LazyAdapter:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
@@ -123,9 +125,11 @@ def extract(
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
         lora_only: leave out what is not a low-rank update.
+        embeddings: "whole" to keep changed embeddings whole, "lowrank" to factorize them.
         map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
         architecture: model class or type, where config.json does not say.
         base_name: the base's Hub id.
+        format: the adapter format to write.
 
     Raises:
         InputError: a checkpoint cannot be read.
@@ -134,7 +138,7 @@ def extract(
     """
     step = Extract(
         rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        tuple(map), architecture, base_name,
+        embeddings, tuple(map), architecture, base_name, format,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 

@@ -6,7 +6,8 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from loratool.checkpoint import LazyTensor
 from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.linalg import (
+    Certificate,
+    Factorization,
     Factorizer,
     RankPolicy,
     Workspace,
@@ -22,8 +25,8 @@ from loratool.linalg import (
     named_generator,
     tiles,
 )
-from loratool.lowrank import rounded_factors
-from loratool.updates import LowRank, Replacement
+from loratool.lowrank import padded, rounded_factors
+from loratool.updates import Experts, LowRank, Replacement
 
 
 class DeltaReader:
@@ -59,10 +62,11 @@ class DeltaReader:
     def factorize(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
     ) -> LowRank | None:
-        """Factorize tuned - base, or None if they are equal.
+        """Factorize tuned - base, or None if they are equal, be it in different types.
 
         Args:
-            base: (out, in), or (in, out) if `transposed`.
+            base: (out, in), or (in, out) if `transposed`; a convolution's (out, in, *kernel) is
+                seen as (out, in * kernel).
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
@@ -72,17 +76,61 @@ class DeltaReader:
         """
         if self._read(base, tuned):
             return None
-        before, after = base.read(), tuned.read()
-        delta = self._delta(before, after)
         generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factorizer.factorize(delta, self._policy, generator)
+            found = self._factors(base.read(), tuned.read(), generator)
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
+        if base.dtype != tuned.dtype and found.certificate.total == 0:
+            return None
         a, b = found.a, found.b
         if transposed:
             a, b = b.T.contiguous(), a.T.contiguous()
         return rounded_factors(a, b, found.certificate, dtype)
+
+    def factorize_experts(
+        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+    ) -> Experts | None:
+        """Factorize tuned - base expert by expert, or None if they are equal.
+
+        All experts get the rank of the one that needs most; what the others do not need is zero.
+
+        Args:
+            base: (E, out, in), or (E, in, out) if `transposed`.
+            tuned: of the same shape.
+            transposed: whether both are stored as (E, in, out).
+            dtype: the factors' safetensors dtype.
+
+        Raises:
+            InputError: NaN or Inf in either, named.
+        """
+        if self._read(base, tuned):
+            return None
+        generator = named_generator(self._seed, tuned.name)
+        experts: list[LowRank] = []
+        for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
+            try:
+                found = self._factors(before, after, generator)
+            except InputError as error:
+                raise _name_culprit(base, tuned, error) from error
+            experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
+        certificates = [u.certificate for u in experts if u.certificate is not None]
+        if base.dtype != tuned.dtype and not any(c.total for c in certificates):
+            return None
+        rank = max(update.rank for update in experts)
+        pairs = [padded(update.a, update.b, rank) for update in experts]
+        a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
+        update = Experts(a, b, 1.0, _together(certificates, rank))
+        if transposed:
+            update = update.transposed()
+            update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
+        return update
+
+    def _factors(
+        self, before: torch.Tensor, after: torch.Tensor, generator: torch.Generator
+    ) -> Factorization:
+        delta = self._delta(before.flatten(1), after.flatten(1))
+        return self._factorizer.factorize(delta, self._policy, generator)
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.
@@ -103,7 +151,7 @@ class DeltaReader:
         if not math.isfinite(change):
             raise _name_culprit(base, tuned, InputError("NaN or Inf"))
         if change == 0 and base.dtype != tuned.dtype:
-            return None  # the same values in another type: F32 norms in GGUF files
+            return None
         return Replacement(tuned, change / norm if norm else math.inf)
 
     def _read(self, base: LazyTensor, tuned: LazyTensor) -> bool:
@@ -122,6 +170,26 @@ class DeltaReader:
         for rows in tiles(before):
             _subtract(after[rows], before[rows], delta[rows])
         return delta
+
+
+def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+    """The matrices of a tensor (E, rows, columns), one after the other."""
+    for block in tensor.blocks():
+        if block.shape[1:] != tensor.shape[1:]:  # no whole matrices
+            yield from tensor.read()
+            return
+        yield from block
+
+
+def _together(certificates: Sequence[Certificate], rank: int) -> Certificate:
+    """The certificate of several updates side by side, of one rank."""
+    sums = {
+        key: math.fsum(getattr(found, key) for found in certificates)
+        for key in ("total", "captured", "rounding", "optimum_bound")
+    }
+    methods = sorted({found.method for found in certificates})
+    steps = max(found.steps for found in certificates)
+    return Certificate(rank=rank, method=" ".join(methods), steps=steps, **sums)
 
 
 def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:

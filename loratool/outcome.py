@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate
 from loratool.reports import Report, Table, counted, format_bytes, format_share
-from loratool.updates import Kind, LowRank, Replacement, Update, counted_kind
+from loratool.updates import Experts, Kind, LowRank, Replacement, Update, counted_kind
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Outcome:
     ) -> Iterator[tuple[LazyUpdate, Update | None]]:
         """Pass results on and remember what they say."""
         for update, found in results:
-            if isinstance(found, LowRank):
+            if isinstance(found, LowRank | Experts):
                 self.low_rank[update.name] = found.certificate or Certificate(found.rank, 0, 0)
             elif isinstance(found, Replacement):
                 self.replaced[update.name] = found.relative_norm
@@ -77,7 +77,7 @@ class Outcome:
         tensors: dict[str, Any] = {}
         for name, c in self.low_rank.items():
             tensors[name] = {
-                "kind": "low_rank",
+                "kind": self.adapter[name].kind,
                 "shape": list(self.adapter[name].shape),
                 "rank": c.rank,
                 "energy": c.energy,

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from loratool.application import Applied, Part, Trace
 from loratool.checkpoint import Checkpoint, Form, LazyTensor, Stored
 from loratool.errors import InputError, MismatchError, UsageError
-from loratool.reports import Report, Table, counted, format_bytes, listed
+from loratool.linalg import tiles
+from loratool.reports import Report, Table, counted, format_bytes, format_share, listed
 from loratool.shards import safetensors_name
 
 if TYPE_CHECKING:
     import torch
 
 _LISTED = 10
+_LEAST_SURVIVAL = 0.5
 
 
 @dataclass
@@ -37,22 +39,32 @@ class Loss:
         elements: the tensor's.
         error: ||Q(W + d) - (W + d)||_F, Q being quantization and what it is read as again.
         update: ||d||_F.
+        survived: <Q(W + d) - W, d> / ||d||_F^2, the share of the update that is left.
     """
 
     scheme: str
     elements: int
     error: float = 0.0
     update: float = 0.0
+    survived: float = 1.0
 
     @property
     def drowns(self) -> bool:
-        """Whether the update is not larger than the error made in writing it."""
-        return self.update > 0 and self.error >= self.update
+        """Whether what is written holds more error than update, or less than half of the update.
+
+        W lies on the grid of the codes. An update of less than half their distance is rounded away
+        whole, and the error that makes is never larger than the update: it shows in the share that
+        is left. It is where new scales move the grid that the error is larger.
+        """
+        return self.update > 0 and (self.error >= self.update or self.survived < _LEAST_SURVIVAL)
 
     @property
     def words(self) -> str:
-        """Both norms, for people."""
-        return f"error {self.error:.3g}, update {self.update:.3g}"
+        """The norms and the share, for people."""
+        return (
+            f"error {self.error:.3g}, update {self.update:.3g}, of which {_share(self.survived)} "
+            "is left"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,27 +91,29 @@ class RequantizedCheckpoint(Checkpoint):
         drowned = {name: loss for name, loss in self.losses.items() if loss.drowns}
         if not drowned or self.force:
             return
-        worst = sorted(drowned, key=lambda name: -drowned[name].error / drowned[name].update)
+        worst = sorted(drowned, key=lambda name: drowned[name].survived)
         lines = [f"  {name}: {drowned[name].words}" for name in worst[:_LISTED]]
         if len(worst) > _LISTED:
             lines.append(f"  and {len(worst) - _LISTED} more")
         touched = sum(loss.update > 0 for loss in self.losses.values())
         raise InputError(
             f"--requantize: the update drowns in {len(drowned)} of {counted(touched, 'tensor')}: "
-            "the error of writing W + d in the base's scheme again, ||Q(W + d) - (W + d)||, is not "
-            "smaller than the update ||d||, so that what is written would hold more of the one "
-            "than of the other. Leave --requantize out to write bf16, or do it anyway with "
-            "--force\n" + "\n".join(lines)
+            "the error of writing W + d in the base's scheme again, ||Q(W + d) - (W + d)||, is as "
+            "large as the update ||d||, or rounds more than half of it away. Leave --requantize "
+            "out to write bf16, or do it anyway with --force\n" + "\n".join(lines)
         )
 
     def report(self, target: Path | str) -> Report:
         """What was done; call it after draining."""
         error = math.hypot(*(loss.error for loss in self.losses.values()))
         update = math.hypot(*(loss.update for loss in self.losses.values()))
+        kept = sum(loss.survived * loss.update**2 for loss in self.losses.values())
+        share = kept / update**2 if update else None
         lines = [
             ", ".join(f"{counted(n, 'tensor')} {what}" for what, n in self.counts.items() if n),
             f"requantization error ||Q(W + d) - (W + d)||: {error:.4g}, beside the update's norm "
             f"||d||: {update:.4g}{_ratio(error, update)}",
+            *([] if share is None else [f"share of the update that survived: {_share(share)}"]),
             f"size: {format_bytes(self.nbytes)}",
         ]
         drowned = [name for name, loss in self.losses.items() if loss.drowns]
@@ -110,14 +124,22 @@ class RequantizedCheckpoint(Checkpoint):
                 "requantization error: written all the same, as --force says"
             )
         rows = tuple(
-            (name, loss.scheme, f"{loss.error:.4g}", f"{loss.update:.4g}", _factor(loss))
+            (
+                name,
+                loss.scheme,
+                f"{loss.error:.4g}",
+                f"{loss.update:.4g}",
+                f"{loss.error / loss.update:.3g}" if loss.update else "no update",
+                _share(loss.survived),
+            )
             for name, loss in self.losses.items()
         )
-        columns = ("tensor", "scheme", "error", "update", "error / update")
+        columns = ("tensor", "scheme", "error", "update", "error / update", "survived")
         data = {
             "kind": "requantized",
             "error": error,
             "update": update,
+            "survived": share,
             "drowned": drowned,
             "counts": dict(self.counts),
             "bytes": self.nbytes,
@@ -127,16 +149,21 @@ class RequantizedCheckpoint(Checkpoint):
         return Report(f"Merged {target}", data, tuple(lines), table, tuple(notes))
 
 
+def _share(share: float) -> str:
+    return format_share(max(0.0, share))
+
+
 def _ratio(error: float, update: float) -> str:
     return f" ({error / update:.3g} of it)" if update else ""
 
 
-def _factor(loss: Loss) -> str:
-    return f"{loss.error / loss.update:.3g}" if loss.update else "no update"
-
-
 def _facts(loss: Loss) -> dict[str, Any]:
-    return {"scheme": loss.scheme, "error": loss.error, "update": loss.update}
+    return {
+        "scheme": loss.scheme,
+        "error": loss.error,
+        "update": loss.update,
+        "survived": loss.survived,
+    }
 
 
 def requantized(
@@ -272,16 +299,18 @@ class _Encoding:
 
     def _compute(self) -> dict[str, torch.Tensor]:
         merged = self._tensor.read()
+        before = self._before.read()
         if self._added is not None:
-            update = math.sqrt(self._added.survival.wanted)
+            squared = self._added.survival.wanted
         else:
-            update = _distance(self._before.blocks(), merged)
-        if update == 0:
+            squared = _compared(iter([merged]), merged, before)[2]
+        if squared == 0:
             return {part: self._as_it_is(part) for part in self._form.pieces}
         found = dict(self._form.encode(merged))
         if self._loss is not None:
-            self._loss.update = update
-            self._loss.error = _distance(self._form.decode(found), merged)
+            error, kept, _ = _compared(self._form.decode(found), merged, before)
+            self._loss.error, self._loss.update = math.sqrt(error), math.sqrt(squared)
+            self._loss.survived = kept / squared
         return found
 
     def _as_it_is(self, part: str) -> torch.Tensor:
@@ -293,11 +322,24 @@ class _Encoding:
         return padded
 
 
-def _distance(blocks: Iterator[torch.Tensor], values: torch.Tensor) -> float:
-    """||blocks - values||_F, in fp64 and block by block."""
-    flat, done, total = values.reshape(-1), 0, 0.0
+def _compared(
+    blocks: Iterator[torch.Tensor], merged: torch.Tensor, before: torch.Tensor
+) -> tuple[float, float, float]:
+    """||Q - M||^2, <Q - W, M - W> and ||M - W||^2, in fp64 and block by block.
+
+    Args:
+        blocks: Q, in any blocks.
+        merged: M.
+        before: W.
+    """
+    wanted, old, done = merged.reshape(-1), before.reshape(-1), 0
+    error = kept = squared = 0.0
     for block in blocks:
-        part = block.reshape(-1).double()
-        total += float((part - flat[done : done + len(part)]).square_().sum())
-        done += len(part)
-    return math.sqrt(total)
+        for part in tiles(flat := block.reshape(-1)):
+            place = slice(done, done + len(flat[part]))
+            q, m, w = flat[part].double(), wanted[place].double(), old[place].double()
+            error += float((q - m).square_().sum())
+            kept += float((q - w) @ (m - w))
+            squared += float((m - w).square_().sum())
+            done = place.stop
+    return error, kept, squared

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loratool.conversion import find_stored, is_taken_for_experts
-from loratool.diffusion.kinds import is_table
+from loratool.diffusion.kinds import is_conv1d, is_table
 from loratool.diffusion.layouts import ldm_pieces
 from loratool.errors import InputError, UsageError
 from loratool.families import (
@@ -163,8 +163,21 @@ def _kinds_by_name(shapes: Shapes, family: Family | None) -> dict[str, Kind]:
 
 def _diffusion_kinds(shapes: Shapes) -> dict[str, Kind]:
     kinds = _kinds_by_name(shapes, None)
-    tables = (name for name, kind in kinds.items() if kind == "linear")
-    return kinds | {n: "embedding" for n in tables if is_table(n.removesuffix(".weight"))}
+    kinds |= {name: "conv" for name, shape in shapes.items() if _is_plain_convolution(name, shape)}
+    for name, kind in kinds.items():
+        if kind == "linear":
+            module = name.removesuffix(".weight")
+            kinds[name] = (
+                "embedding" if is_table(module) else "conv1d" if is_conv1d(module) else "linear"
+            )
+    return kinds
+
+
+def _is_plain_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight is a convolution's that is not depthwise; other groups are not used."""
+    if not name.endswith(".weight") or len(shape) not in (4, 5):
+        return False
+    return shape[1] > 1 or shape[0] == 1
 
 
 def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> dict[str, str]:

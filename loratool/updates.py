@@ -87,12 +87,14 @@ class Experts:
         a: (E, r, in).
         b: (E, out, r).
         scale: of all.
+        certificate: of all of them together, if its maker measured that.
     """
 
     kind: ClassVar[Kind] = "experts"
     a: torch.Tensor
     b: torch.Tensor
     scale: float = 1.0
+    certificate: Certificate | None = None
 
     @property
     def rank(self) -> int:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.adapter import Adapter, FormatOptions
+from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain, save_adapter
 from loratool.opening import open_adapter
+from loratool.steps.convert import Convert
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,11 +30,10 @@ def save_base(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 def convert(
     source: Path | Adapter, form: str, folder: Path, base: Checkpoint | None = None, **told: Any
 ) -> Path:
-    """Write an adapter in another format; `told` are `FormatOptions`."""
+    """Write an adapter in another format; `told` are the options of `loratool convert`."""
     adapter = source if isinstance(source, Adapter) else open_adapter(source)
-    adapter = adapter.reread(FormatOptions(base=base, **told))
-    assert not [p for p in adapter.problems if p.severity == "error"], adapter.problems
-    save_adapter(adapter, folder, Drain("serial"), form)
+    result = Convert(format=form, **told).run(adapter, base)
+    save_adapter(result, folder, Drain("serial"))
     return folder
 
 

@@ -47,9 +47,10 @@ def test_blocks_are_scaled_and_the_last_of_a_row_and_column_may_be_cut(tmp_path:
         if is_linear(name):
             scales = stored[f"{name}_scale_inv"]
             assert torch.equal(tensor.read(), unscaled(stored[name], scales, BLOCK))
-            assert (tensor.dtype, found.quantized[name]) == ("F32", "fp8 (e4m3), blocks of 16x16")
+            assert tensor.dtype == "F32"
         else:
             assert torch.equal(tensor.read(), stored[name]) and tensor.dtype == "BF16"
+    assert found.quantized[UP] == "fp8 (e4m3), blocks of 16x16"
     assert stored[UP].shape == (24, 16), "24 rows are one block and a half"
     assert found.config is not None and "quantization_config" not in found.config
     assert "quantization_config" not in json.loads(bytes(found.side_files["config.json"]))  # type: ignore[arg-type]
@@ -110,6 +111,26 @@ def test_fp8_without_scales_is_a_plain_type(tmp_path: Path) -> None:
     found = open_checkpoint(save_model(tmp_path / "model", plain))
     assert not found.quantized and found.stored is None
     assert found[UP].dtype == "F8_E4M3"
+
+
+def test_each_expert_has_its_own_scales(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(3, 20, 24, generator=generator)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    pairs = [block_scaled(matrix, BLOCK) for matrix in value]
+    codes, scales = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    path = rewritten(fp8_model(tmp_path / "a"), {name: codes, f"{name}_scale_inv": scales})
+    wanted = torch.stack([unscaled(*pair, BLOCK) for pair in pairs])
+    assert torch.equal(open_checkpoint(path)[name].read(), wanted)
+    whole = torch.rand(3, generator=generator)
+    path = rewritten(fp8_model(tmp_path / "b"), {name: codes, f"{name}_scale_inv": whole})
+    found = open_checkpoint(path)
+    assert torch.equal(found[name].read(), codes.float() * whole[:, None, None])
+    assert found.stored is not None
+    again = found.stored.forms[name].encode(wanted)
+    assert again["scales"].shape == (3,)
+    blocks = torch.cat(list(found.stored.forms[name].decode(again))).view(3, 20, 24)
+    assert float((blocks - wanted).norm()) < 0.05 * float(wanted.norm())
 
 
 def test_large_matrices_come_in_tiles_that_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +282,13 @@ def test_names_give_a_scheme_away_where_there_is_no_config(
         open_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    path = save(tmp_path / "model", llama(), settings, model_type="imagegpt")
+    with pytest.raises(UnsupportedError, match="imagegpt model, some of whose weights"):
+        open_checkpoint(path)
+
+
 def test_names_that_only_look_like_scales_are_none(tmp_path: Path) -> None:
     scales = {"logit_scale": torch.tensor(2.6), "a.layer_scale": torch.ones(3)}
     tensors = {**scales, "a.scale": torch.ones(3), "a.weight": torch.ones(2, 3)}
@@ -284,3 +312,21 @@ def test_a_config_of_a_plain_model_may_speak_of_quantization(tmp_path: Path) -> 
 
 def test_the_error_is_an_input_error() -> None:
     assert issubclass(UnsupportedError, InputError)
+
+
+def test_files_of_torch_are_read_the_same_way(tmp_path: Path) -> None:
+    path = fp8_model(tmp_path / "model")
+    wanted = values(open_checkpoint(path))
+    stored = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(stored, path / "pytorch_model.bin")
+    found = open_checkpoint(path)
+    assert found.quantized[UP] == "fp8 (e4m3), blocks of 16x16"
+    assert all(torch.equal(value, wanted[name]) for name, value in values(found).items())
+    loratool.merge(path, [], requantize=True).save(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(
+        torch.equal(again[name].view(torch.uint8), value.contiguous().view(torch.uint8))
+        for name, value in stored.items()
+    )

@@ -41,7 +41,7 @@ _SDXL = re.compile(
     r"unet\.(add_embedding\.|up_blocks\.0\.attentions\."
     r"|.*\.attentions\.\d+\.transformer_blocks\.[1-9])"
 )
-_FUSED = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
+_BY_SINGLE_FILE = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
     ambiguous = kohya_modules(shapes).ambiguous
     found: dict[str, tuple[Rows, ...]] = {}
     covered: set[str] = set()
-    if kind in _FUSED:
+    if kind in _BY_SINGLE_FILE:
         for name, rows in single_file_modules(shapes).items():
             found[_DENOISER + _underscored(name)] = rows
             covered.update(row.module for row in rows)
@@ -141,8 +141,10 @@ def kohya_spelling(module: str) -> str:
 def _all_names(shapes: Shapes, kind: str | None) -> Iterator[tuple[str, tuple[Rows, ...]]]:
     for whole in _modules(shapes):
         component, _, path = whole.module.partition(".")
-        for prefix in _prefixes(component, kind):
-            yield prefix + _underscored(path), (whole,)
+        # Trained with transformers 5.6 or later, CLIP's names lack their first part.
+        for spelling in dict.fromkeys((path, path.removeprefix("text_model."))):
+            for prefix in _prefixes(component, kind):
+                yield prefix + _underscored(spelling), (whole,)
     for name, rows in single_file_modules(shapes).items():
         yield _DENOISER + _underscored(name), rows
 

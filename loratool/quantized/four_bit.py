@@ -137,7 +137,10 @@ def _take(
     sizes = {"state": (blocks.room,)} if blocks.nested else {}
 
     def decode(parts: Parts) -> Iterator[torch.Tensor]:
-        values = decoded(parts, blocks)
+        # Of other contents than those that were found: their offset is another one.
+        own = _description(parts["state"].numpy().tobytes())
+        assert own is not None
+        values = decoded(parts, own)
         return turned(values) if is_turned else values
 
     def encode(values: torch.Tensor) -> Parts:

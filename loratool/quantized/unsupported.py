@@ -30,6 +30,8 @@ _SIGNS = (
     (".W_q", "HQQ"),
     (".scale_weight", "scaled fp8 of ComfyUI"),
 )
+# Model types with Conv1D layers that `loratool.families` does not tell by their names.
+_TURNED = ("clvp", "decision_transformer", "imagegpt", "openai-gpt")
 # Scales of activations and of the cache of keys and values: of no use for plain weights.
 OF_ACTIVATIONS = (
     "input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale",
@@ -66,6 +68,12 @@ def refusal(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
             return f"{found}: is quantized with {name}: {_ADVICE}"
     if found := _unknown_scales(checkpoint):
         return f"{found}: {_ADVICE}"
+    model_type = str((checkpoint.config or {}).get("model_type"))
+    if method == "bitsandbytes" and model_type in _TURNED:
+        return (
+            f"is a {model_type} model, some of whose weights bitsandbytes stores transposed, and "
+            f"loratool does not know which: {_ADVICE}"
+        )
     return ""
 
 

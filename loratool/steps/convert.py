@@ -157,6 +157,7 @@ class Convert:
             format=self.format or adapter.format,
             settings={} if changed else adapter.settings,
             base_name=adapter.base_name or (base.hub_name if base is not None else ""),
+            base_config=adapter.base_config if base is None else base.config,
             files={},
             path=None,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +17,7 @@ from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, is_float, parse_float_dtype
 from loratool.errors import InputError, MismatchError
-from loratool.families import FAMILIES, is_buffer
+from loratool.families import FAMILIES, is_buffer, is_embedding
 from loratool.files import file_content
 from loratool.in_memory import in_memory, pieces_by_tensor
 from loratool.json_files import parse_json
@@ -68,15 +70,21 @@ class Extract:
     lora_only: bool = option(
         False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
+    embeddings: str = option(
+        "whole", "keep changed embeddings whole, or extract them as low-rank updates",
+        choices=("whole", "lowrank"),
+    )  # fmt: skip
     map: tuple[str, ...] = option(
         (), "the fine-tune's name or prefix OLD is NEW in the base", metavar="OLD=NEW"
     )
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
+    format: str = option("peft", "adapter format to write", kind="adapter_formats")
 
     def __post_init__(self) -> None:
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
+        plugins.create("adapter_formats", self.format)
 
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
@@ -94,7 +102,9 @@ class Extract:
         reader = DeltaReader(factorizer, policy, self.seed)
         low_rank, whole = _updates(self, plan, reader, policy, dtype)
         tensors = plan.finetuned
+        tied = _tied_heads(plan, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
+        updates |= tied
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
         return Adapter(
@@ -108,8 +118,10 @@ class Extract:
             kinds=plan.kinds,
             tied=plan.skeleton.tied,
             moves=plan.alignment.moves,
+            settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=plan.notes,
+            notes=(*plan.notes, *_table_notes(self, plan)),
+            format=self.format,
             provenance=_provenance(plan, self._base_name(base)),
             facts=lambda: _facts(self, policy, plan, reader),
         )
@@ -340,32 +352,100 @@ def _updates(
         twin = plan.finetuned.aliases.get(name) or plan.skeleton.tied.get(name)
         if twin in plan.finetuned:
             continue  # the same values again
-        factored = kind in ("linear", "conv1d") and is_float(tensor.dtype)
-        if is_in_task_head(name, plan.task):
-            factored = False
-        if factored and before is not None and before.shape == tensor.shape:
-            transposed = kind == "conv1d"
-            chosen = dtype or ("BF16" if before.dtype == "BF16" else "F32")
-            shape = (tensor.shape[1], tensor.shape[0]) if transposed else tensor.shape
-            low_rank[name] = LazyUpdate(
-                name,
-                "low_rank",
-                shape,
-                chosen,
-                _factors(reader, before, tensor, transposed, chosen),
-                rank=policy.limit((shape[0], shape[1])) if policy.rank else None,
-                transposed=transposed,
-            )
+        if before is not None and before.shape == tensor.shape and _is_factored(step, plan, name):
+            low_rank[name] = _low_rank(plan, reader, policy, before, tensor, kind, dtype)
         else:
             load = _replacement(reader, before, tensor)
             whole[name] = LazyUpdate(name, "replacement", tensor.shape, tensor.dtype, load)
     return low_rank, whole
 
 
+def _is_factored(step: Extract, plan: _Plan, name: str) -> bool:
+    """Whether a tensor's change becomes factors, if it is in both models."""
+    if is_in_task_head(name, plan.task) or not is_float(plan.finetuned[name].dtype):
+        return False
+    kind = plan.kinds.get(name, "other")
+    if kind == "embedding":
+        return step.embeddings == "lowrank" and not _why_whole(plan, name)
+    if kind == "conv":  # PEFT's factors of a convolution in groups cannot be merged
+        return name not in plan.skeleton.groups
+    return kind in ("linear", "conv1d", "experts")
+
+
+def _why_whole(plan: _Plan, name: str) -> str:
+    """Why PEFT cannot adapt an embedding by factors; "" if it can."""
+    module = name.rpartition(".")[0]
+    users = [n.rpartition(".")[0] for n, source in plan.skeleton.tied.items() if source == name]
+    if any(is_embedding(user) for user in users):
+        return "several tables share these values"  # T5
+    names = {user.rpartition(".")[2] for user in (module, *users)}
+    if users and not names & {"embed_tokens", "lm_head"}:
+        return f"PEFT does not know that {users[0]} shares its values"  # BERT
+    if module.endswith("embed_positions"):
+        return "looked up with an offset, which PEFT's factors are not"  # OPT, BART
+    return ""
+
+
+def _low_rank(
+    plan: _Plan,
+    reader: DeltaReader,
+    policy: RankPolicy,
+    base: LazyTensor,
+    tuned: LazyTensor,
+    kind: str,
+    dtype: str | None,
+) -> LazyUpdate:
+    name, shape = tuned.name, tuned.shape
+    transposed = kind == "conv1d" or name in plan.skeleton.transposed_experts
+    if transposed:
+        shape = (*shape[:-2], *shape[:-3:-1])
+    dtype = dtype or ("BF16" if base.dtype == "BF16" else "F32")
+    rows = shape[-2] if kind == "experts" else shape[0]
+    columns = shape[-1] if kind == "experts" else math.prod(shape[1:])
+    return LazyUpdate(
+        name,
+        "experts" if kind == "experts" else "low_rank",
+        shape,
+        dtype,
+        _factors(reader, base, tuned, transposed, kind, dtype),
+        rank=policy.limit((rows, columns)) if policy.rank else None,
+        transposed=transposed,
+        embedding=kind == "embedding",
+    )
+
+
 def _factors(
-    reader: DeltaReader, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+    reader: DeltaReader,
+    base: LazyTensor,
+    tuned: LazyTensor,
+    transposed: bool,
+    kind: str,
+    dtype: str,
 ) -> Callable[[], Any]:
+    if kind == "experts":
+        return lambda: reader.factorize_experts(base, tuned, transposed, dtype)
     return lambda: reader.factorize(base, tuned, transposed, dtype)
+
+
+def _tied_heads(plan: _Plan, low_rank: dict[str, LazyUpdate]) -> dict[str, LazyUpdate]:
+    """The same updates again for heads that share the values of embeddings.
+
+    PEFT loads them, for it takes the two for one only as long as nothing adapts them.
+    """
+    heads = {}
+    for head, source in plan.skeleton.tied.items():
+        if source in low_rank and plan.kinds.get(source) == "embedding":
+            once = cache(low_rank[source].load)  # the factors are small beside the table
+            found = low_rank[source] = replace(low_rank[source], load=once)
+            heads[head] = replace(found, name=head, embedding=False, transposed=False)
+    return heads
+
+
+def _table_notes(step: Extract, plan: _Plan) -> list[str]:
+    if step.embeddings == "whole":
+        return []
+    tables = [n for n in plan.selected if plan.kinds.get(n) == "embedding"]
+    return [f"{name}: kept whole: {why}" for name in tables if (why := _why_whole(plan, name))]
 
 
 def _replacement(
@@ -395,6 +475,7 @@ def _facts(step: Extract, policy: RankPolicy, plan: _Plan, reader: DeltaReader) 
             "factorizer": step.factorizer,
             "seed": step.seed,
             "lora_only": step.lora_only,
+            "embeddings": step.embeddings,
         },
         "duplicates": reader.duplicates(),
         "base": {"bytes": plan.base.nbytes, **reader.base_digests()},

@@ -297,8 +297,8 @@ def _bind(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> list[P
 def _dequantized_note(base: Checkpoint, dtype: str | None) -> str:
     return (
         f"{base.label}: the base is quantized: its {counted(len(base.quantized), 'tensor')} are "
-        f"written dequantized, as {dtype}, and config.json says nothing of quantization; "
-        "--requantize writes the base's scheme again"
+        f"written dequantized, as {dtype}, and config.json says nothing of quantization; `merge "
+        "--requantize` writes the base's scheme again"
     )
 
 

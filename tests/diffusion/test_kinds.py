@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loratool.skeleton import build_skeleton
 from tests.diffusion import pipelines  # makes diffusers quiet
@@ -23,14 +24,20 @@ CLASSES: dict[str, dict[str, Any]] = {
     "HunyuanVideo15Transformer3DModel": {"num_layers": 1, "num_refiner_layers": 1},
     "GlmImageTransformer2DModel": {"num_layers": 1},
     "AutoencoderKL": {},
+    "UniDiffuserTextDecoder": {
+        "prefix_length": 4, "prefix_inner_dim": 8, "prefix_hidden_dim": 6, "n_embd": 16,
+        "n_head": 2, "n_layer": 1,
+    },
     "VQModel": {},
     "T5FilmDecoder": {"num_layers": 1},
-}
+}  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return "linear"
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return "linear" if isinstance(module, nn.Linear) else "conv1d"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return "conv"
     return "embedding" if isinstance(module, nn.Embedding) else "other"
 
 
@@ -61,4 +68,4 @@ def test_single_files_are_no_guess() -> None:
     )
     block = "model.diffusion_model.input_blocks.1."
     assert skeleton.kinds[f"{block}1.transformer_blocks.0.attn1.to_q.weight"] == "linear"
-    assert skeleton.kinds[f"{block}0.in_layers.2.weight"] == "other"
+    assert skeleton.kinds[f"{block}0.in_layers.2.weight"] == "conv"

@@ -43,6 +43,8 @@ def load_strictly(model: PreTrainedModel, adapter: Path, **options: Any) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         # One setting for all targets, where an untied GPT-2 has both kinds: PEFT sets it right.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True but the target module")
+        # PEFT looks for the patterns of parameters among modules, yet applies them.
+        warnings.filterwarnings("ignore", r".*_pattern keys did not match any targeted module")
         loaded = PeftModel.from_pretrained(model, adapter, **options)
     (result,) = results
     assert result.unexpected_keys == []
@@ -62,11 +64,13 @@ def lora_modules(model: Any) -> set[str]:
 
 def factored_modules(adapter: Path) -> set[str]:
     """The modules for which the file holds factors."""
+    ends = (".lora_A.weight", ".lora_embedding_A")
     keys = load_file(adapter / "adapter_model.safetensors")
     return {
-        key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        key.removeprefix(PREFIX).removesuffix(end)
         for key in keys
-        if key.endswith(".lora_A.weight")
+        for end in ends
+        if key.endswith(end)
     }
 
 

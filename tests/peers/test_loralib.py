@@ -110,7 +110,8 @@ def test_fused_weights_merge_as_loralib_merges(
     net = Net(c_attn=module)
     base = base_of(net, tmp_path / "base")
     file = save(net, tmp_path / "adapter.pt")
-    told: dict[str, Any] = {"alpha": 4.0, "enable_lora": tuple(enabled), "fan_in_fan_out": turned}
+    text = ",".join(map(str, slots))
+    told: dict[str, Any] = {"alpha": 4.0, "enable_lora": text, "fan_in_fan_out": turned}
     for form in ("peft", "loralib"):
         path = convert(file, form, tmp_path / form, **told)
         compare(merged(base, path, tmp_path / f"merged-{form}"), wanted_of(net))
@@ -127,8 +128,8 @@ def test_which_slots_are_updated_has_to_be_told(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="c_attn: updates 2 slots"):
         merged(base, file, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(AssertionError, match="does not fit"):
-        convert(file, "peft", tmp_path / "x", enable_lora=(True, True, True))
+    with pytest.raises(MismatchError, match="does not fit"):
+        convert(file, "peft", tmp_path / "x", enable_lora="1,1,1")
 
 
 def test_all_slots_enabled_is_seen_from_the_base(tmp_path: Path) -> None:

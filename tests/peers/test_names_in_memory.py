@@ -87,6 +87,7 @@ def test_peft_gives_the_outputs_of_the_fine_tune(
     assert set(settings(adapter)["target_modules"]) == targets
     said = any("PEFT takes their names for those of experts" in note for note in report.notes)
     assert said == (name == "deepseek_v3")
+    same(merged_by_us(base, adapter, tmp_path / "merged"), load_file(tuned / "model.safetensors"))
 
 
 def test_the_base_may_lie_in_memory_layout_and_the_fine_tune_not(
@@ -141,7 +142,7 @@ def test_experts_can_be_left_out(saved: Saved, tmp_path: Path) -> None:
     load_strictly(loaded(TINY["qwen3_moe"], base), tmp_path / "adapter")
 
 
-# --- merging by pieces --------------------------------------------------------------------------
+# --- merge --------------------------------------------------------------------------------------
 
 
 def factors(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -228,6 +229,11 @@ def merged_by_peft(model: PreTrainedModel, adapter: Path, out: Path) -> Tensors:
     return dict(load_file(out / "model.safetensors"))
 
 
+def merged_by_us(base: Path, adapter: Path, out: Path) -> Tensors:
+    loratool.merge(base, [(adapter, 1.0)]).save(out)
+    return dict(load_file(out / "model.safetensors"))
+
+
 ATTENTION = ["q_proj", "v_proj"]
 # gate_up_proj is declared first, so it is wrapped first and lies inside.
 EXPERTS = {
@@ -249,7 +255,7 @@ EXPERTS = {
     ],
 )
 @pytest.mark.parametrize("layout", ["on disk", "in memory"])
-def test_deltas_added_by_pieces_are_what_peft_merges(
+def test_adapters_merge_as_peft_merges_them(
     name: str, modules: list[str], parameters: list[str], layout: str, saved: Saved, tmp_path: Path
 ) -> None:
     base = saved(name) / "base"
@@ -267,6 +273,7 @@ def test_deltas_added_by_pieces_are_what_peft_merges(
     checkpoint, skeleton = opened(base)
     disk = {key: tensor.read() for key, tensor in checkpoint.items()}
     same(merged_by_pieces(disk, skeleton, tmp_path / "adapter", EXPERTS), wanted)
+    same(merged_by_us(base, tmp_path / "adapter", tmp_path / "ours"), wanted)
 
 
 def test_one_parameter_alone_is_not_nested(saved: Saved, tmp_path: Path) -> None:
@@ -329,6 +336,29 @@ def scaled(deltas: Tensors, factor: Callable[[str], float]) -> Tensors:
     return {name: factor(name.split(".")[-2]) * delta for name, delta in deltas.items()}
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "options"),
+    [
+        ("vit", ["query", "value"], {}),
+        ("mixtral", [*MIXTRAL, "gate"], {}),
+        ("mixtral", ["w1"], {}),
+        ("mixtral", MIXTRAL, {"use_rslora": True}),
+        ("mixtral", MIXTRAL, {"rank_pattern": {"w1": 2, "w3": 3}, "alpha_pattern": {"w2": 18}}),
+        ("qwen2_moe", QWEN, {}),
+        ("qwen3_moe", [*QWEN, "gate"], {}),
+        ("deepseek_v3", QWEN, {}),
+    ],
+)
+def test_old_adapters_merge_as_they_were_trained(
+    name: str, targets: list[str], options: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    base = saved(name) / "base"
+    disk = dict(load_file(base / "model.safetensors"))
+    deltas = save_old_adapter(disk, tmp_path / "adapter", targets, **options)
+    assert deltas
+    same(merged_by_us(base, tmp_path / "adapter", tmp_path / "ours"), plus(disk, deltas))
+
+
 def plus(disk: Tensors, deltas: Tensors) -> Tensors:
     return {name: value + deltas.get(name, 0.0) for name, value in disk.items()}
 
@@ -337,7 +367,7 @@ def plus(disk: Tensors, deltas: Tensors) -> Tensors:
     ("name", "targets"),
     [("mixtral", MIXTRAL), ("mixtral", [*MIXTRAL, "gate"]), ("qwen3_moe", [*QWEN, "gate"])],
 )
-def test_peft_merges_old_expert_adapters_as_they_were_trained(
+def test_where_peft_merges_old_expert_adapters_as_they_were_trained(
     name: str, targets: list[str], saved: Saved, tmp_path: Path
 ) -> None:
     """Fused, ranks and alpha double and B is block-diagonal; each expert gets its own s B A."""

@@ -6,10 +6,13 @@ and `experts.down_proj` (E, H, I). MLX and GGUF have three tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loratool.updates import Experts
+from loratool.adapter import LazyUpdate
+from loratool.errors import Problem
+from loratool.updates import Experts, Update
 from loratool_plugins.adapter_formats._scales import TORCH_TYPES, fold
 
 if TYPE_CHECKING:
@@ -62,9 +65,10 @@ def halves(update: Experts) -> tuple[Experts, Experts, bool]:
 
 
 def _used(b: torch.Tensor) -> torch.Tensor:
-    """Which columns of b (E, rows, r) are not zero; the first one in any case."""
+    """Which columns of b (E, rows, r) are not zero; the first one if all are."""
     used: torch.Tensor = (b != 0).any(dim=1).any(dim=0)
-    used[0] = True
+    if not used.any():
+        used[0] = True
     return used
 
 
@@ -74,3 +78,56 @@ def padded(update: Experts, rank: int) -> Experts:
 
     more = rank - update.rank
     return replace(update, a=pad(update.a, (0, 0, 0, more)), b=pad(update.b, (0, more)))
+
+
+def assembled(
+    module: str, parts: Mapping[str, LazyUpdate], shared: bool
+) -> tuple[list[LazyUpdate], Problem | None]:
+    """The updates of transformers' two parameters of experts.
+
+    Args:
+        module: transformers' name of the module that holds them.
+        parts: "gate", "up" and "down", as far as they have updates -> these, (E, rows, columns).
+        shared: whether gate and up have the same `a`.
+
+    Returns:
+        The updates, and what is wrong, if anything is.
+    """
+    found = [replace(parts["down"], name=f"{module}.{DOWN}")] if "down" in parts else []
+    there = [parts[which] for which in ("gate", "up") if which in parts]
+    if not there:
+        return found, None
+    gate, up = parts.get("gate", there[0]), parts.get("up", there[0])
+    if gate.shape != up.shape:
+        message = "the gate's and the up projection's updates have different shapes"
+        return found, Problem("error", up.name, message, f"{gate.shape}", f"{up.shape}")
+    missing = None if len(there) == 2 else "up" if "gate" in parts else "gate"
+    shared = shared or missing is not None
+    number, rows, width = gate.shape
+    whole = replace(
+        gate,
+        name=f"{module}.{GATE_UP}",
+        shape=(number, 2 * rows, width),
+        load=_joining(gate, up, shared, missing),
+        rank=(gate.rank or 0) + (0 if shared else up.rank or 0),
+        stored=tuple(tensor for half in there for tensor in half.stored),
+    )
+    return [*found, whole], None
+
+
+def _joining(
+    gate: LazyUpdate, up: LazyUpdate, shared: bool, missing: str | None
+) -> Callable[[], Update]:
+    """Both halves' update; the missing one's is zero."""
+
+    def load() -> Update:
+        first, second = gate.load(), up.load()
+        if not isinstance(first, Experts) or not isinstance(second, Experts):
+            raise AssertionError("the parts of experts are experts")
+        if missing == "gate":
+            first = replace(first, b=first.b.new_zeros(first.b.shape))
+        elif missing == "up":
+            second = replace(second, b=second.b.new_zeros(second.b.shape))
+        return joined(first, second, shared)
+
+    return load

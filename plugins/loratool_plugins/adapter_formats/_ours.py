@@ -10,12 +10,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import FormatError
+from loratool.families import is_embedding
 from loratool.files import entries, is_dir, is_file
 from loratool.json_files import read_json
 
 KEY = "loratool"
+_KEPT = (
+    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_size",
+)  # fmt: skip
 
 
 def text_of(adapter: Adapter, said: Collection[str] = (), **more: Any) -> str:
@@ -33,6 +38,7 @@ def text_of(adapter: Adapter, said: Collection[str] = (), **more: Any) -> str:
         "task_type": adapter.task_type,
         "base_name": adapter.base_name,
         "base_revision": adapter.base_revision,
+        "base_config": shape_of(adapter.base_config),
         "naming": adapter.naming,
         "layout": {name: [list(row) for row in rows] for name, rows in adapter.layout.items()},
         "rslora": adapter.rslora,
@@ -70,6 +76,8 @@ def restored(ours: Mapping[str, Any], label: str) -> dict[str, Any]:
                 found[name] = _text(ours[name])
         for name in ("tied", "short_targets", "settings"):
             found[name] = dict(ours.get(name, {}))
+        if "base_config" in ours:
+            found["base_config"] = dict(ours["base_config"])
         found["tied"] = {old: _text(new) for old, new in found["tied"].items()}
         found["short_targets"] = {
             name: frozenset(map(_text, modules)) for name, modules in found["short_targets"].items()
@@ -93,6 +101,11 @@ def layout_of(ours: Mapping[str, Any], label: str) -> dict[str, tuple[tuple[str,
         raise FormatError(f"{label}: its {KEY} metadata is not what loratool writes") from error
 
 
+def shape_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What formats need of the base's config.json."""
+    return {name: config[name] for name in _KEPT if name in config} if config else {}
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -106,3 +119,10 @@ def model_files(path: Path) -> tuple[dict[str, Path], dict[str, Any] | None]:
         return {}, None
     found = {file.name: file for file in entries(model) if is_file(file)}
     return found, read_json(found["config.json"]) if "config.json" in found else None
+
+
+def is_table(adapter: Adapter, update: LazyUpdate) -> bool:
+    """Whether an update is for an embedding's table, whose factors formats store transposed."""
+    module = update.name.removesuffix(".weight")
+    kind = adapter.kinds.get(update.name)
+    return update.embedding or kind == "embedding" or (kind is None and is_embedding(module))

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, ClassVar
 from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, Problem
-from loratool.families import is_embedding
 from loratool.files import PICKLES, entries, is_dir, is_file
 from loratool.json_files import MANIFEST
 from loratool.safetensors_file import lazy_tensors, read_header
@@ -100,12 +99,12 @@ model.load_state_dict(torch.load("ADAPTER/{FILE}", weights_only=True), strict=Fa
                     continue
                 require_finite(update.name, found.a, found.b)
                 module = update.name.removesuffix(".weight")
-                if is_embedding(module) or adapter.kinds.get(update.name) == "embedding":
+                if _ours.is_table(adapter, update):
                     tables.append(module)
                     found = found.transposed()
                 alpha = alpha_of(found.scale, found.rank)
                 folded = fold(found.b, alpha, TORCH_TYPES)
-                if alpha != DEFAULT_ALPHA:
+                if alpha not in (0, DEFAULT_ALPHA):
                     folds[module] = alpha, spool.add(module, found.b).dtype
                 if not folded.exact:
                     rounded.append(module)

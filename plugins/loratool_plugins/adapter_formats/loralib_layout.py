@@ -20,6 +20,7 @@ from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, Problem
 from loratool.families import is_embedding
+from loratool.reports import counted
 from loratool.updates import Dense, Kind, LowRank, Replacement, Update
 from loratool_plugins.adapter_formats._scales import unfold
 
@@ -236,7 +237,7 @@ class Reader:
         update = self._low_rank(
             pair, pair.product[::-1], pair.rank, pair.rank, lambda update: update.transposed()
         )
-        return replace(update, transposed=False)
+        return replace(update, transposed=False, embedding=True)
 
     def _merged(self, pair: Pair, groups: int, out: int | None) -> LazyUpdate | None:
         """MergedLinear: one product for each enabled slot of the output."""
@@ -246,8 +247,8 @@ class Reader:
             slots = (True,) * groups
         if slots is None:
             message = (
-                f"updates {groups} slot{'s' * (groups > 1)} of a fused weight (MergedLinear), and "
-                "the file does not say which: give --enable-lora, for instance 1,0,1"
+                f"updates {counted(groups, 'slot')} of a fused weight (MergedLinear), and the "
+                "file does not say which: give --enable-lora, for instance 1,0,1"
             )
             self._complain(pair.module, message)
             return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, InputError, Problem
-from loratool.files import entries, is_dir, is_file
+from loratool.files import is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import Kind, Update
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 _CONFIG = peft_config.FILE
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_OURS = "loratool"  # key of the safetensors metadata for what PEFT's files cannot say
+# What PEFT's config says by itself.
+_SAID = (
+    "task_type", "base_name", "naming", "rslora", "short_targets", "transposed", "settings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,22 @@ class Peft:
         weights, tensors, metadata = _open_weights(path)
         reader = Reader(checked, tensors)
         updates = reader.updates()
-        ours = _our_metadata(path, metadata)
-        model = path / "model"
-        config = read_json(model / "config.json") if is_file(model / "config.json") else None
-        model_files = {}
-        if is_dir(model):
-            model_files = {file.name: file for file in entries(model) if is_file(file)}
+        ours = _ours.restored(_ours.parsed(metadata.get(_ours.KEY), str(weights)), str(weights))
+        model_files, config = _ours.model_files(path)
         own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if is_file(file)]
         return Adapter(
             updates,
             model_files=model_files,
             model_config=config,
-            dropped=tuple(map(str, ours.get("dropped", ()))),
+            dropped=ours["dropped"],
             task_type=settings.get("task_type"),
             base_name=str(settings.get("base_model_name_or_path") or ""),
-            base_revision=str(settings.get("revision") or ""),
-            tied=dict(ours.get("tied", {})),
-            moves=tuple((str(old), str(new)) for old, new in ours.get("moves", ())),
-            settings={**ours.get("settings", {}), **settings},
-            layout=_ours.layout_of(ours, str(weights)),
+            base_revision=str(settings.get("revision") or ours.get("base_revision", "")),
+            base_config=ours.get("base_config"),
+            tied=ours["tied"],
+            moves=ours["moves"],
+            settings={**ours["settings"], **settings},
+            layout=ours["layout"],
             context=reader.replaced,
             rslora=bool(settings.get("use_rslora")),
             short_targets=_short_targets(settings, updates),
@@ -114,16 +114,9 @@ class Peft:
             tensors |= {key: adapter.context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
                 tensors |= _placeholder(spool, adapter, layout.placeholder)
-            extra = {
-                "dropped": list(adapter.dropped),
-                "tied": dict(adapter.tied),
-                "moves": [list(move) for move in adapter.moves],
-            }
-            if adapter.layout:
-                extra["layout"] = {name: list(rows) for name, rows in adapter.layout.items()}
-            if adapter.settings and "peft_type" not in adapter.settings:
-                extra["settings"] = dict(adapter.settings)
-            metadata = {"format": "pt", _OURS: json.dumps(extra, sort_keys=True)}
+            # Settings of formats of diffusion models come back with kohya's names for it.
+            said = [name for name in _SAID if not (name == "settings" and adapter.layout)]
+            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
@@ -139,16 +132,6 @@ def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str,
             return file, lazy_tensors(file, header), header.metadata
         return file, load_lazily(file), {}
     raise InputError(f"{path / _WEIGHTS[0]}: missing, but {_CONFIG} is there")
-
-
-def _our_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        found = json.loads(metadata.get(_OURS, "{}"))
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise FormatError(f"{path / _WEIGHTS[0]}: its {_OURS} metadata is not a JSON object")
-    return found
 
 
 def _short_targets(

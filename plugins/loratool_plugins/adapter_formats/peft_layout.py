@@ -108,7 +108,7 @@ def plan_layout(
         bare = next(name for name in sorted(replaced - in_place) if "." not in name)
         raise InputError(f"{bare}: PEFT cannot keep a parameter of the model itself; --exclude it")
     saved = _as_peft_matches(saved, sources, TASK_HEADS.get(adapter.task_type or "", ()))
-    inside = [name for name in sources if _is_inside(name.rpartition(".")[0], saved)]
+    inside = [name for name in sources if is_inside(name.rpartition(".")[0], saved)]
     low_rank = {name: rank for name, rank in ranks.items() if name not in inside}
     placeholder = None if low_rank or beside else _any_linear(adapter, inside)
     whole = {PREFIX + name: sources[name] for name in inside}
@@ -160,7 +160,7 @@ def _as_peft_matches(
     while extra := {
         module
         for module in modules
-        if module.endswith((*found, *heads)) and not _is_inside(module, found)
+        if module.endswith((*found, *heads)) and not is_inside(module, found)
     }:
         found |= extra
     return {m for m in found if not any(m.startswith(f"{other}.") for other in found)}
@@ -180,7 +180,8 @@ def _with_parents(module: str) -> list[str]:
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
-def _is_inside(module: str, saved: Iterable[str]) -> bool:
+def is_inside(module: str, saved: Iterable[str]) -> bool:
+    """Whether a module is one of `saved`, or within one."""
     return any(module == other or module.startswith(f"{other}.") for other in saved)
 
 

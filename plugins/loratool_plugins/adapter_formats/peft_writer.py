@@ -31,6 +31,7 @@ from loratool_plugins.adapter_formats import peft_config
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
+    is_inside,
     number,
     pattern,
     plan_layout,
@@ -92,10 +93,16 @@ class Plan:
         kind = self.adapter[name].kind
         return name.endswith(".weight") and kind not in ("dense", "rows", "experts")
 
+    def _is_inside(self, name: str, layout: Layout) -> bool:
+        """Whether a parameter is in a module that is kept whole."""
+        if self._is_module(name):
+            return name not in layout.low_rank
+        return is_inside(name.rpartition(".")[0], layout.modules_to_save)
+
     def tensors(self, layout: Layout) -> Iterator[tuple[str, LazyTensor]]:
         """Every factor that is written."""
         for name, entry in self.written.items():
-            if self._is_module(name) and name not in layout.low_rank:
+            if self._is_inside(name, layout):
                 continue
             yield from entry.tensors.items()
             beneath = self.adapter[name].beneath
@@ -117,8 +124,10 @@ class Plan:
         alphas = {n: entry.alpha for n, entry in self.written.items() if n in layout.low_rank}
         kinds = {self.adapter[name].kind for name in self.written}
         parameters = {
-            n: e for n, e in self.written.items() if e.rank and n not in layout.low_rank
-        }  # fmt: skip
+            name: entry
+            for name, entry in self.written.items()
+            if entry.rank and not self._is_module(name) and not self._is_inside(name, layout)
+        }
         config = layout.config(self.adapter, alphas)
         if parameters:
             config["target_parameters"] = sorted(parameters)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,23 +41,28 @@ class Model:
     floats: Callable[[str], list[float]]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value by its key without the architecture; a count for each layer is refused."""
+        """A number by its key without the architecture; one that differs by layer is refused."""
         name = f"{self.architecture}.{key}"
         found = self.metadata.get(name, default)
         if isinstance(found, list):
             if len(set(found)) != 1:
                 raise Missing(f"{name} differs from layer to layer")
             found = found[0]
-        if isinstance(found, float) and not math.isfinite(found):
-            raise Missing(f"{name} is {found}")
+        is_number = type(found) in (int, float) and math.isfinite(found) and found >= 0
+        if found is not default and not is_number:
+            raise Missing(f"{name} is {reprlib.repr(found)}")
         return found
 
     def need(self, key: str) -> Any:
-        """Likewise; Missing if it is not there."""
+        """Likewise, and more than zero; Missing if it is not there."""
         found = self.get(key)
-        if found is None:
-            raise Missing(f"{self.architecture}.{key} is missing")
+        if not found:
+            raise Missing(f"{self.architecture}.{key} is {'missing' if found is None else found}")
         return found
+
+    def text(self, key: str) -> str:
+        """A text by its key, "" if it is not there."""
+        return str(self.metadata.get(f"{self.architecture}.{key}") or "")
 
     def has(self, *leaves: str) -> bool:
         """Whether the first layer has any of these tensors."""
@@ -105,7 +111,7 @@ class Architecture:
         module, _, leaf = gguf.rpartition(".")
         part = module.rpartition(".")[2]
         if key := self.heads.get(part):
-            return Layout("heads", model.get(key) or model.need("attention.head_count"))
+            return Layout("heads", int(model.get(key) or model.need("attention.head_count")))
         if part in self.transposed and leaf == "weight":
             return Layout("transposed")
         is_norm = part.endswith("norm") and leaf == "weight"
@@ -159,12 +165,12 @@ def _decimal(value: float) -> float:
 
 
 def _rope_scaling(model: Model, head: int) -> Config:
-    kind = model.get("rope.scaling.type", "none")
+    kind = model.text("rope.scaling.type")
     if "rope_freqs.weight" in model.shapes:
-        if kind not in ("none", None):
+        if kind not in ("none", ""):
             raise Missing(f"rope_freqs.weight beside rope scaling {kind!r} is not understood")
         return {"rope_scaling": _llama3(model, head)}
-    if kind in ("none", None):
+    if kind in ("none", ""):
         return {}
     factor = model.need("rope.scaling.factor")
     if kind == "linear":
@@ -184,6 +190,8 @@ def _rope_scaling(model: Model, head: int) -> Config:
 def _llama3(model: Model, head: int) -> Config:
     """The settings of Llama 3's rope scaling that give the factors in rope_freqs.weight."""
     stored = model.floats("rope_freqs.weight")
+    if not all(math.isfinite(factor) and factor >= 1 for factor in stored):
+        raise Missing("rope_freqs.weight holds other factors than those of Llama 3")
     theta = model.get("rope.freq_base", 10000.0)
     # The factor is what the lowest frequencies are divided by; the rest is the same for all
     # Llama 3.1, 3.2 and 3.3 models.
@@ -381,6 +389,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _starcoder2,
     ),
 }  # fmt: skip
+
+
+def contradiction(model: Model) -> str:
+    """What tensors and metadata do not agree in, "" if they do: "tensor: what"."""
+    width = model.need("embedding_length")
+    table = model.shapes.get("token_embd.weight", ())
+    if table[1:] != (width,):
+        return f"token_embd.weight: is {table or 'missing'}, but the metadata say width {width}"
+    leaves: dict[int, set[str]] = {}
+    for name in model.shapes:
+        if match := _NUMBERED.fullmatch(name):
+            leaves.setdefault(int(match[1]), set()).add(match[2])
+    layers = model.need("block_count")
+    if more := next((number for number in leaves if number >= layers), None):
+        return f"blk.{more}.{min(leaves[more])}: the metadata say {layers} layers"
+    first = leaves.get(0, set())
+    for number in range(layers):
+        if missing := first - leaves.get(number, set()):
+            return f"blk.{number}.{min(missing)}: is missing, but the first layer has it"
+    return ""
+
 
 _TOKENS = {
     "bos_token_id": "bos_token_id",

@@ -25,6 +25,7 @@ _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # where general.alignment does not say otherwise
 _MAX_DIMENSIONS = 4
 _FIRST_READ = 1 << 22
+_LEAST_ENTRY, _LEAST_VALUE = 32, 13  # bytes that the header has for a tensor, and for a value
 # Type of a value -> how struct reads it; 8 is a string and 9 an array.
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -167,7 +168,10 @@ class _Cursor:
         if inner == _STRING:
             self._skip_strings(count)
             return count
-        return [self.value(inner) for _ in range(count)]
+        raise FormatError(
+            f"{self._path}: an array of the type {inner} in its metadata is not read; download it "
+            "again"
+        )
 
 
 def _parse(path: Path, data: bytes, size: int) -> Header:
@@ -182,6 +186,11 @@ def _parse(path: Path, data: bytes, size: int) -> Header:
             raise UnsupportedError(f"{path}: is a big-endian GGUF file: get the little-endian one")
         raise UnsupportedError(
             f"{path}: is of GGUF version {version}; loratool reads 2 and 3: convert it anew"
+        )
+    if tensors * _LEAST_ENTRY + values * _LEAST_VALUE > size:
+        raise FormatError(
+            f"{path}: claims {tensors} tensors and {values} metadata in {size} bytes: the file is "
+            "truncated or damaged; download it again"
         )
     metadata: dict[str, Any] = {}
     for _ in range(values):
@@ -216,6 +225,8 @@ def _entry(path: Path, cursor: _Cursor) -> Entry:
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise FormatError(f"{path}: {name}: has {dimensions} dimensions; download it again")
     shape = cursor.take(f"{dimensions}Q")[::-1]
+    if not all(0 < size < 1 << 63 for size in shape):
+        raise FormatError(f"{path}: {name}: has the shape {shape}; download it again")
     number, begin = cursor.take("IQ")
     try:
         kind = GGMLQuantizationType(number)

@@ -91,6 +91,9 @@ def usual_weights(folder: Path, name: str, index_name: str = "") -> WeightFiles 
 
 
 def _is_training_state(name: str) -> bool:
+    """Whether a file holds an adapter's weights, or a trainer's state, and no model's weights."""
+    if name == "lora.pt" or name.endswith("adapters.safetensors"):
+        return True
     return name.startswith(
         ("adapter_model", "training_args", "optimizer", "scheduler", "rng_state")
     )

@@ -44,8 +44,10 @@ class Gguf:
     def objection(self, path: Path) -> str:
         """Why there is no GGUF file; weights in another format beside it go before it."""
         if is_file(path):
-            named = path.suffix == _SUFFIX or read_start(path, 4) == _MAGIC
+            named = path.suffix == _SUFFIX or _has_magic(path)
             return "" if named else "does not begin like a GGUF file"
+        if not is_dir(path):
+            return "neither a file nor a directory"
         suffixes = {entry.suffix for entry in entries(path) if is_file(entry)}
         if _SUFFIX not in suffixes:
             return f"no {_SUFFIX} file"
@@ -92,6 +94,14 @@ class Gguf:
             content = _with_padding(file, header, tensors)
             write_in_order(folder / file, header, content, executor, tell)
         write_side_files(checkpoint.side_files, folder)
+
+
+def _has_magic(path: Path) -> bool:
+    """Whether a file of another name is a GGUF file; model stores call theirs by digests."""
+    try:
+        return path.suffix not in _OTHER_WEIGHTS and read_start(path, 4) == _MAGIC
+    except OSError:
+        return False
 
 
 def _files(path: Path) -> list[Path]:
@@ -142,10 +152,11 @@ def _require_whole_model(headers: list[Header]) -> None:
             "give them back the names that they had, NAME-00001-of-0000N.gguf"
         )
     for number, header in enumerate(headers):
-        if header.metadata.get("split.no", number) != number:
+        if (stated := header.metadata.get("split.no", number)) != number:
+            part = stated + 1 if type(stated) is int else stated
             raise FormatError(
-                f"{header.path}: is part {header.metadata['split.no'] + 1} of the model by its "
-                f"header and part {number + 1} by its name: give it back its own"
+                f"{header.path}: is part {part} of the model by its header and part {number + 1} "
+                "by its name: give it back its own"
             )
     expected = first.metadata.get("split.tensors.count")
     found = sum(len(header.entries) for header in headers)
@@ -182,6 +193,7 @@ def _checkpoint(path: Path, headers: list[Header]) -> Checkpoint:
         lambda tensor: _floats(*places[tensor]),
     )
     codecs = _codecs(first.path, architecture, model, places)
+    _require_complete(first.path, model)
     maps = {header.path: _Mapped(header.path) for header in headers}
     raw = {n: _raw(maps[header.path], entry) for n, (header, entry) in places.items()}
     plain: dict[str, LazyTensor] = {}
@@ -260,7 +272,7 @@ def _codecs(
             layout = architecture.layout(name, model)
         except Missing as error:
             raise FormatError(f"{file}: its metadata cannot be used: {error}") from None
-        if layout.change == "heads" and (entry.shape[0] % (2 * layout.heads) or not layout.heads):
+        if layout.change == "heads" and entry.shape[0] % (2 * layout.heads):
             raise FormatError(
                 f"{file}: {name}: {entry.shape[0]} rows are no {layout.heads} heads of an even "
                 "size, as the metadata have it: the file is damaged"
@@ -277,6 +289,17 @@ def _codecs(
             "model in another quantization"
         )
     return codecs
+
+
+def _require_complete(file: Path, model: Model) -> None:
+    from loratool_plugins.checkpoint_formats._gguf_architectures import Missing, contradiction
+
+    try:
+        wrong = contradiction(model)
+    except Missing as error:
+        raise FormatError(f"{file}: its metadata cannot be used: {error}") from None
+    if wrong:
+        raise FormatError(f"{file}: {wrong}: download it again")
 
 
 def _config_beside(path: Path, file: Path, architecture: Architecture) -> dict[str, Any] | None:
