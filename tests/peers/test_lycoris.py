@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
-from safetensors.torch import load_file, save_file
+from lycoris import LycorisNetwork
 
 import loratool
-from loratool.opening import open_adapter, open_checkpoint
-from tests.adapter_forms import assert_same_bits
+from loratool.opening import open_adapter
 from tests.diffusion import pipelines
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import LazyUpdate
 from loratool.checkpoint import LazyTensor
-from loratool.deltas import folded
 from loratool.dtypes import is_float
 from loratool.errors import InputError, Problem
 from loratool.updates import IA3, Dense, DoRA, Kind, LoHa, LoKr, LowRank, Product, Update
@@ -124,6 +123,8 @@ class ModuleReader:
         scale = module.scale(inner)
 
         def load() -> LowRank:
+            from loratool.deltas import folded
+
             a, b = flat(down.read()), flat(up.read())
             if mid is not None:
                 a = folded(Product(b, a, mid.read()))
