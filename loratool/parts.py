@@ -267,7 +267,7 @@ def _taken(update: Update, index: Indices, shape: Shape) -> Update:
                 a = a.reshape(-1, *shape[1:])[(slice(None), *index[1:])].reshape(len(a), -1)
             return _trimmed(LowRank(a, update.b[index[0]], update.scale))
         case DoRA() if len(index) == 1 and isinstance(index[0], slice):
-            return rows_of(update, index)
+            return _trimmed(rows_of(update, index))
         case LoHa() | LoKr():
             from loratool.deltas import dense
 
@@ -281,17 +281,22 @@ def cut_rows(update: LazyUpdate, name: str, rows: Sequence[slice]) -> LazyUpdate
     When it is loaded, a LoKr may turn out dense (`rows_of`), and a low-rank update of a smaller
     rank, or none at all, where these rows are zero.
     """
-    height = sum(row.stop - row.start for row in rows)
-    is_of_columns = update.kind == "ia3" and len(update.shape) == 2 and not update.shape[0]
-    if is_of_columns or (len(rows) == 1 and rows[0] == slice(0, update.shape[0])):
+    if is_whole(update, rows):
         return replace(update, name=name)
+    height = sum(row.stop - row.start for row in rows)
 
     def load() -> Update | None:
         found = update.load()
-        part = None if found is None else rows_of(found, rows)
+        part = None if found is None else _trimmed(rows_of(found, rows))
         return None if isinstance(part, LowRank) and not part.b.count_nonzero() else part
 
     return replace(update, name=name, shape=(height, *update.shape[1:]), load=load, stored=())
+
+
+def is_whole(update: LazyUpdate, rows: Sequence[slice]) -> bool:
+    """Whether an update has just these rows, or scales inputs, which are those of any rows."""
+    is_of_columns = update.kind == "ia3" and len(update.shape) == 2 and not update.shape[0]
+    return is_of_columns or (len(rows) == 1 and rows[0] == slice(0, update.shape[0]))
 
 
 def rows_of(update: Update, rows: Sequence[Index]) -> Update:
@@ -310,7 +315,7 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
     """
     match update:
         case LowRank():
-            return _trimmed(LowRank(update.a, _cut(update.b, rows), update.scale))
+            return LowRank(update.a, _cut(update.b, rows), update.scale)
         case Dense():
             return replace(update, values=_cut(update.values, rows))
         case LoHa():
@@ -329,11 +334,17 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
     raise TypeError(f"no rows can be taken of {type(update).__name__}")
 
 
-def _trimmed(update: LowRank) -> LowRank:
-    """The same delta without the columns of B that are zero, of which the first stays in any case.
+def _trimmed(update: Update) -> Update:
+    """The same without the columns of B that are zero, of which the first stays in any case.
 
     What was put together of several modules' updates is so again what each of them was.
     """
+    if isinstance(update, DoRA):
+        added = _trimmed(update.added)
+        assert isinstance(added, LowRank | Dense | LoHa | LoKr)
+        return replace(update, added=added)
+    if not isinstance(update, LowRank):
+        return update
     used = (update.b != 0).any(dim=0)
     if used.all():
         return update

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -278,6 +278,11 @@ def _entries(kind: str) -> Mapping[str, tuple[EntryPoint, ...]]:
             continue
         found[entry.name] = (*known, entry)
     return found
+
+
+def spelling_of(format: AdapterFormat) -> tuple[Collection[str], bool]:
+    """What an adapter format says of the names that it writes: its `namings` and `canonical`."""
+    return getattr(format, "namings", ()), getattr(format, "canonical", False)
 
 
 def names(kind: str) -> tuple[str, ...]:

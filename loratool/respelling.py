@@ -7,7 +7,7 @@ their updates are cut by rows, which changes no value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapter import Adapter, LazyUpdate
@@ -20,15 +20,38 @@ from loratool.naming_schemes import why_unknown
 from loratool.parts import cut_rows
 from loratool.targets import Targets, targets_of
 
-Layout = Mapping[str, tuple[tuple[str, int, int], ...]]
+Row = tuple[str, int, int]  # a module, its first row and the one after the last
+_KOHYA = "kohya"
 
 
-def respelled(adapter: Adapter, base: Checkpoint) -> Adapter:
+def named_for(
+    adapter: Adapter, base: Checkpoint, namings: Collection[str], canonical: bool
+) -> Adapter:
+    """An adapter under names that a format can write; of a diffusion model, if it needs them.
+
+    Args:
+        adapter: any.
+        base: what it is for.
+        namings: unresolved names that the format can write.
+        canonical: whether it calls modules of diffusion models as diffusers does, or by names that
+            these tell.
+
+    Raises:
+        MismatchError: as `respelled`.
+    """
+    if adapter.naming in namings or not (adapter.naming or canonical):
+        return adapter
+    return respelled(adapter, base, whole=_KOHYA in namings)
+
+
+def respelled(adapter: Adapter, base: Checkpoint, whole: bool = False) -> Adapter:
     """The adapter under canonical names ("unet.conv_in.weight"), with kohya's names for them.
 
     Args:
         adapter: whose names are kohya's, or those of parameters.
         base: a diffusion model; an adapter of parameters of another model stays as it is.
+        whole: whether an update of what is one module in kohya's naming keeps its name, and is not
+            cut, whatever it is for diffusers.
 
     Returns:
         The adapter; of names that the base does not have, none is changed.
@@ -42,7 +65,15 @@ def respelled(adapter: Adapter, base: Checkpoint) -> Adapter:
         return adapter
     problems: list[Problem] = []
     updates: dict[str, LazyUpdate] = {}
+    kept: dict[str, tuple[Row, ...]] = {}
+    usual = _usual_names(adapter, targets) if whole and not adapter.naming else {}
     for name, rows in _meanings(adapter, targets, problems).items():
+        module = _module(name)
+        if spelled := usual.get(tuple(replace(row, module=_module(row.module)) for row in rows)):
+            kept[spelled] = ((module, 0, sum(row.count for row in rows)),)
+            shape = targets.canonical.get(rows[0].module, ()) if len(rows) == 1 else ()
+            updates[name] = replace(adapter[name], shape=_with_kernel(adapter[name], shape))
+            continue
         for update in _cut(adapter[name], rows, targets, problems):
             if update.name in updates:
                 message = f"is a second update of {update.name}"
@@ -53,13 +84,24 @@ def respelled(adapter: Adapter, base: Checkpoint) -> Adapter:
         adapter,
         updates=updates,
         naming="",
-        layout=_layout(adapter, updates, targets),
+        layout=kept | _layout(adapter, updates, targets, kept),
         context={},
         kinds={},
         tied={},
         moves=(),
         short_targets={},
     )
+
+
+def _usual_names(adapter: Adapter, targets: Targets) -> dict[tuple[Rows, ...], str]:
+    """Canonical modules' rows -> kohya's name for them: the adapter's own, or else the usual."""
+    found = {rows: name for name, rows in kohya_layout(targets.canonical).items()}
+    own = {
+        tuple(Rows(*row) for row in rows): name
+        for name, rows in adapter.layout.items()
+        if all(f"{module}.weight" in targets.canonical for module, _, _ in rows)
+    }
+    return found | own
 
 
 def _meanings(
@@ -172,19 +214,30 @@ def _with_kernel(update: LazyUpdate, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _layout(
-    adapter: Adapter, updates: Mapping[str, LazyUpdate], targets: Targets
-) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    adapter: Adapter,
+    updates: Mapping[str, LazyUpdate],
+    targets: Targets,
+    kept: Mapping[str, tuple[Row, ...]],
+) -> dict[str, tuple[Row, ...]]:
     """Kohya's names for the modules of updates: those that the adapter has, or else the usual."""
-    modules = {name.rpartition(".")[0] for name in updates}
+    done = {module for rows in kept.values() for module, _, _ in rows}
+    modules = {_module(name) for name in updates} - done
     if adapter.naming:
-        names = {name.rpartition(".")[0] for name in adapter}
-        known = {name: targets.kohya.targets[name] for name in names}
+        known = {name: targets.kohya.targets[name] for name in map(_module, adapter)}
     else:
         if modules <= {module for rows in adapter.layout.values() for module, _, _ in rows}:
-            return dict(adapter.layout)
+            return {
+                name: rows
+                for name, rows in adapter.layout.items()
+                if any(module in modules for module, _, _ in rows)
+            }
         known = kohya_layout(targets.canonical)
     return {
         name: tuple((row.module, row.start, row.stop) for row in rows)
         for name, rows in sorted(known.items())
         if any(row.module in modules for row in rows)
     }
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -74,6 +74,12 @@ def parse_key(key: str) -> AdapterKey | None:
     return None
 
 
+def canonical_module(name: str) -> str | None:
+    """The canonical name of a module; None if its name does not tell its component."""
+    full = with_component(name)
+    return None if full is None else canonical_name(full)
+
+
 def _key(module: str, side: Side) -> AdapterKey:
     """A key of a module, whose name is cleared of the processor of an attention."""
     name = module.replace(".processor.", ".")

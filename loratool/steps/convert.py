@@ -18,7 +18,8 @@ from loratool.errors import InputError, MismatchError, Problem, UsageError, rais
 from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
-from loratool.plugins import Operand, option
+from loratool.plugins import Operand, option, spelling_of
+from loratool.respelling import named_for
 from loratool.skeleton import build_skeleton
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 
@@ -142,7 +143,8 @@ class Convert:
         adapter = adapter.reread(told)
         raise_problems(f"{adapter.label} cannot be converted:", adapter.problems)
         if base is not None:
-            adapter = _named_for(self.format or adapter.format, adapter, base)
+            writer = plugins.create("adapter_formats", self.format or adapter.format)
+            adapter = named_for(adapter, base, *spelling_of(writer))
         below = {} if base is None else _weights(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None
@@ -333,22 +335,6 @@ def _may_be_convolution(update: LazyUpdate) -> bool:
     """Whether a matrix is for a module that is called a convolution."""
     module = update.name.removesuffix(".weight").lower()
     return len(update.shape) == 2 and "conv" in module.rpartition(".")[2]
-
-
-def _named_for(format: str, adapter: Adapter, base: Checkpoint) -> Adapter:
-    """An adapter of a diffusion model under the names that a format needs; others as they are.
-
-    Raises:
-        MismatchError: names mean nothing in the base; all complaints at once.
-    """
-    writer = plugins.create("adapter_formats", format)
-    if adapter.naming in getattr(writer, "namings", ()):
-        return adapter
-    if not adapter.naming and not getattr(writer, "canonical", False):
-        return adapter
-    from loratool.respelling import respelled
-
-    return respelled(adapter, base)
 
 
 def _weights(adapter: Adapter, base: Checkpoint) -> dict[str, Underneath]:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
-from loratool.diffusion.adapter_keys import with_component
+from loratool.diffusion.adapter_keys import canonical_module
 from loratool.diffusion.kinds import is_table
-from loratool.diffusion.text import canonical_name
 from loratool.errors import InputError, Problem
 from loratool.updates import Dense, DoRA, LowRank, Update, tensors_of
 from loratool.writer import Spool, write_safetensors
@@ -32,18 +31,12 @@ if TYPE_CHECKING:
 _KEPT = ("lora_dropout", "init_lora_weights", "task_type", "peft_version")
 
 
-def full_name(module: str) -> str | None:
-    """The canonical name of a module; None if its name does not tell the component."""
-    found = with_component(module)
-    return None if found is None else canonical_name(found)
-
-
 def refusals(adapter: Adapter) -> Iterator[Problem]:
     """What PEFT's settings, of which each component has one set, cannot say."""
     by_component: dict[str, dict[str, LazyUpdate]] = {}
     for name, update in adapter.items():
         module, _, leaf = name.rpartition(".")
-        found = full_name(module)
+        found = canonical_module(module)
         if found is None:
             message = "its name says no component of a pipeline: give the base with --base"
             yield Problem("error", name, message)
@@ -89,7 +82,7 @@ class Writer:
         biases: dict[str, Dense] = {}
         for update, found in results:
             module, _, leaf = update.name.rpartition(".")
-            name = full_name(module)
+            name = canonical_module(module)
             if found is None or name is None:
                 continue
             if name != module:

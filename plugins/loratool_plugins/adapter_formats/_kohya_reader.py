@@ -14,7 +14,7 @@ from loratool.checkpoint import LazyTensor
 from loratool.diffusion.adapter_keys import parse_key
 from loratool.diffusion.kohya import kohya_spelling
 from loratool.errors import FormatError, Problem
-from loratool.parts import cut_rows
+from loratool.parts import is_whole, rows_of
 from loratool.reports import counted
 from loratool.updates import Dense, DoRA, LoKr, LowRank, Product, Update
 from loratool_plugins.adapter_formats import _diffusion_files as files
@@ -246,10 +246,10 @@ def _separated(
             parameter = f"{module}.{leaf}"
             if parts is not None and parameter not in parts:
                 continue
-            part = cut_rows(update, parameter, _source_rows(rows, module))
             columns = None if parts is None else parts[parameter]
             fold = ours.get("folds", {}).get(parameter)
-            yield parameter, _own_part(part, columns, fold)
+            own = _own_part(update, _source_rows(rows, module), columns, fold)
+            yield parameter, replace(own, name=parameter)
 
 
 def _source_rows(rows: Any, module: str) -> list[slice]:
@@ -262,9 +262,9 @@ def _source_rows(rows: Any, module: str) -> list[slice]:
     return [place for _, place in sorted(found, key=lambda item: item[0])]
 
 
-def _own_part(update: LazyUpdate, columns: Any, fold: Any) -> LazyUpdate:
-    """An update without the columns of its neighbours, and without what was worked into it."""
-    if columns is None and fold is None:
+def _own_part(update: LazyUpdate, rows: list[slice], columns: Any, fold: Any) -> LazyUpdate:
+    """Some rows of an update, without the columns of its neighbours and what was worked into it."""
+    if columns is None and fold is None and is_whole(update, rows):
         return update
     rank = update.rank or 0
     first, last = (int(column) for column in columns or (0, rank))
@@ -274,9 +274,14 @@ def _own_part(update: LazyUpdate, columns: Any, fold: Any) -> LazyUpdate:
 
     def load() -> Update | None:
         found = update.load()
-        return None if found is None else _own(found, slice(first, last), before)
+        if found is None:
+            return None
+        return _own(rows_of(found, rows), slice(first, last), before)
 
-    return replace(update, load=load, rank=last - first if rank else None, stored=())
+    height = sum(row.stop - row.start for row in rows)
+    shape = update.shape if is_whole(update, rows) else (height, *update.shape[1:])
+    rank = last - first if rank else 0
+    return replace(update, shape=shape, load=load, rank=rank or None, stored=())
 
 
 def _own(found: Update, columns: slice, fold: tuple[float, float, str] | None) -> Update:

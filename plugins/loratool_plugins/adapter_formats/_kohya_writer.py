@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
-from loratool.diffusion.adapter_keys import with_component
+from loratool.diffusion.adapter_keys import canonical_module
 from loratool.diffusion.kinds import is_table
 from loratool.diffusion.kohya import spelled_alone
 from loratool.dtypes import dtype_name
@@ -58,7 +58,7 @@ def names_of(adapter: Adapter) -> Names:
         return Names(rows, {module: module for module in heights})
     if adapter.layout:
         return _by_layout(adapter, heights)
-    found = {module: with_component(module) for module in heights}
+    found = {module: canonical_module(module) for module in heights}
     problems = [
         Problem("error", module, "its name says no part of a diffusion model: give --base")
         for module, name in found.items()
