@@ -17,8 +17,9 @@ from loratool.errors import InputError, MismatchError, Problem, UsageError, rais
 from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
-from loratool.plugins import Operand, option
+from loratool.plugins import Operand, option, spelling_of
 from loratool.reports import listed
+from loratool.respelling import named_for
 from loratool.skeleton import TASK_HEADS
 from loratool.underneath import Underneath, weights_below
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
@@ -152,6 +153,9 @@ class Convert:
         )
         adapter = adapter.reread(told)
         raise_problems(f"{adapter.label} cannot be converted:", adapter.problems)
+        if base is not None:
+            writer = plugins.create("adapter_formats", self.format or adapter.format)
+            adapter = named_for(adapter, base, *spelling_of(writer))
         below = {} if base is None else weights_below(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None

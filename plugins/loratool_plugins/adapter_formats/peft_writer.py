@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
     is_inside,
@@ -376,14 +377,14 @@ def _parts(
             return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, found.rank, found.scale
         case LoHa():
             parts = {
-                **_product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
-                **_product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
+                **product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
+                **product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
             }
             return parts, _rank(found.one), found.scale
         case LoKr():
             parts = {
-                **_product_parts(f"{module}.lokr_w1", "", found.one),
-                **_product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
+                **product_parts(f"{module}.lokr_w1", "", found.one),
+                **product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
             }
             if found.other.right is None and len(update.shape) > 2:
                 whole = parts[f"{module}.lokr_w2"]
@@ -426,14 +427,6 @@ def _wrapper(adapter: Adapter, name: str) -> str:
     inside = sorted(others, key=usual_order)
     depth = len(inside) - 1 - inside.index(leaf)
     return f"{PREFIX}{module}{'.base_layer' * depth}"
-
-
-def _product_parts(key: str, core: str, product: Product) -> dict[str, torch.Tensor]:
-    if product.right is None:
-        return {key: product.left}
-    if product.core is None:
-        return {f"{key}_a": product.left, f"{key}_b": product.right}
-    return {f"{key}_a": product.left.T, f"{key}_b": product.right, core: product.core}
 
 
 def _rank(product: Product) -> int:
