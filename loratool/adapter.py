@@ -147,7 +147,7 @@ class Rereading:
     read: Callable[[FormatOptions], Adapter]
 
 
-_READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
+_READ = Provenance("Writing", "Wrote", "An adapter written by loratool.")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ _CONFIG = peft_config.FILE
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT's config says by itself.
 _SAID = (
-    "task_type", "base_name", "naming", "rslora", "short_targets", "transposed", "settings",
+    "task_type", "base_name", "naming", "rslora", "short_targets", "settings",
 )  # fmt: skip
 
 
@@ -71,6 +71,8 @@ class Peft:
         reader = Reader(checked, tensors)
         updates = reader.updates()
         ours = _ours.restored(_ours.parsed(metadata.get(_ours.KEY), str(weights)), str(weights))
+        if _ours.KEY in metadata:
+            updates = _oriented(updates, ours["transposed"])
         model_files, config = _ours.model_files(path)
         own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if is_file(file)]
         return Adapter(
@@ -133,6 +135,17 @@ def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str,
             return file, lazy_tensors(file, header), header.metadata
         return file, load_lazily(file), {}
     raise InputError(f"{path / _WEIGHTS[0]}: missing, but {_CONFIG} is there")
+
+
+def _oriented(
+    updates: Mapping[str, LazyUpdate], transposed: Collection[str]
+) -> dict[str, LazyUpdate]:
+    """Experts' updates with what a file that loratool wrote says of how the base stores them."""
+
+    def oriented(update: LazyUpdate) -> LazyUpdate:
+        return replace(update, transposed=True if update.name in transposed else None)
+
+    return {n: oriented(u) if u.kind == "experts" else u for n, u in updates.items()}
 
 
 def _short_targets(

@@ -130,7 +130,7 @@ class Plan:
         }
         config = layout.config(self.adapter, alphas)
         if parameters:
-            config["target_parameters"] = sorted(parameters)
+            config["target_parameters"] = list(parameters)  # in the order of their wrappers
             config = _with_parameters(config, parameters, bool(alphas))
         rows = {
             name.removesuffix(".weight"): list(self.adapter[name].rows)
@@ -336,9 +336,18 @@ def _spooled_bias(spool: Spool, plan: Plan, name: str, bias: Dense) -> Written:
     beside = plan.written[f"{module}.weight"].scale
     if beside == 0 != bias.scale:
         raise InputError(f"{name}: PEFT cannot add to it beside factors whose scale is 0")
-    values = bias.values if bias.scale == beside else bias.values * (bias.scale / beside)
+    values = bias.values if bias.scale == beside else _folded(bias.values, bias.scale / beside)
     key = f"{PREFIX}{module}.lora_B.bias"
     return Written({key: spool.add(key, values)})
+
+
+def _folded(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """A product in the type of the values where that holds it exactly, else in fp32 at least."""
+    product = values.double() * factor
+    own = product.to(values.dtype)
+    if values.itemsize >= 4 or bool((own.double() == product).all()):
+        return own
+    return product.float()
 
 
 def _spooled(
