@@ -111,11 +111,14 @@ def _totals(
     stored = list({t.name: t for update in adapter.values() for t in update.stored}.values())
     norms = [facts["norm"] for facts in updates.values() if facts["norm"] is not None]
     kinds: Counter[Kind] = Counter(adapter[name].kind for name in every)
-    counts: dict[str, int] = {k: n for k, n in kinds.items() if k != "replacement"}
-    counts |= {"low_rank": kinds["low_rank"], "replaced": kinds["replacement"]}
     dense = [facts["dense_parameters"] for facts in updates.values()]
     return {
-        "counts": {**counts, "dropped": len(adapter.dropped)},
+        "counts": {
+            "low_rank": kinds["low_rank"],
+            "replaced": kinds["replacement"],
+            "others": len(updates) - kinds["low_rank"],
+            "dropped": len(adapter.dropped),
+        },
         "kinds": {kind: _kind_totals(adapter, kind, every) for kind in kinds},
         **{
             f"{key}s": _distribution(facts[key] for facts in updates.values())

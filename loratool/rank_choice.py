@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -73,9 +73,12 @@ class RankChoice:
 
     def common(self) -> int:
         """The rank that `normalize` gives all updates."""
-        if self._gathers:
-            return max(self._chosen_ranks().values())
-        return max(self._capped(update.rank) or 1 for update in self._updates.values())
+        ranks: Iterable[int] = (
+            self._chosen_ranks().values()
+            if self._gathers
+            else (self._capped(update.rank) or 1 for update in self._updates.values())
+        )
+        return max(self._request.pad, *ranks)
 
     def policy(self, name: str, found: Factors) -> RankPolicy | None:
         """What to cut the matrices of an update by that is not left out; None to leave it whole."""

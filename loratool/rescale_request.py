@@ -24,6 +24,7 @@ class Request:
         policy: how many singular values are kept.
         budget: bytes of all factors together; with `normalize`, of all at one rank.
         normalize: whether all get one rank and the scale 1.
+        pad: the least rank that `normalize` gives, by zeros.
         balance: whether A and B get equal norms.
         dtype: safetensors name of the factors' type, or None for theirs.
     """
@@ -35,6 +36,7 @@ class Request:
     policy: RankPolicy | None = None
     budget: int | None = None
     normalize: bool = False
+    pad: int = 0
     balance: bool = False
     dtype: str | None = None
 

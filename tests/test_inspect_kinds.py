@@ -83,9 +83,10 @@ def test_the_numbers_of_every_kind() -> None:
         assert found["dense_parameters"] == math.prod(shape)
     assert math.isclose(data["norm"], math.sqrt(total), rel_tol=1e-6)
     assert data["without_norm"] == 2
-    assert data["counts"] == {
+    assert data["counts"] == {"low_rank": 2, "replaced": 1, "others": 6, "dropped": 0}
+    assert {kind: found["updates"] for kind, found in data["kinds"].items()} == {
         "low_rank": 2, "experts": 1, "dense": 1, "loha": 1, "lokr": 1, "dora": 1, "ia3": 1,
-        "rows": 1, "replaced": 1, "dropped": 0,
+        "rows": 1, "replacement": 1,
     }  # fmt: skip
     ranks = {name: found["rank"] for name, found in data["updates"].items()}
     assert ranks == {

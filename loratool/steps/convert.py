@@ -25,7 +25,10 @@ from loratool.errors import (
 from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
-from loratool.plugins import Operand, option
+from loratool.plugins import Operand, option, spelling_of
+from loratool.reports import listed
+from loratool.respelling import named_for
+from loratool.skeleton import TASK_HEADS
 from loratool.underneath import Underneath, weights_below
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 # it the smallest rank up to the same for this share of ||delta||^2.
 _USUAL_RANK = 64
 _USUAL_ENERGY = 0.999
+_FACTORS = ("low_rank", "experts")  # kinds of update that --lora-only keeps
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Convert:
     for each tensor what was lost. Without --rank and --energy: exact up to rank 64, else the
     smallest rank up to 64 that captures 99.9% of ||delta||^2. What is low-rank already stays as it
     is (`loratool rescale` cuts that).
+
+    --lora-only leaves out what is not low-rank then (heads, norms, embeddings and biases that are
+    kept whole), for servers that take nothing else.
     """
 
     operands: ClassVar[tuple[Operand, ...]] = (
@@ -69,6 +76,9 @@ class Convert:
     rank: int | None = option(None, "with --to-lora: this rank at most")
     energy: float | None = option(
         None, "with --to-lora: the smallest rank that captures this share of ||delta||^2"
+    )
+    lora_only: bool = option(
+        False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
     drop: bool = option(False, "leave out what the format cannot carry")
     alpha: float | None = option(None, "the adapter's alpha, where its files do not say it")
@@ -90,8 +100,11 @@ class Convert:
 
     def __post_init__(self) -> None:
         # Wrong values are told before anything is opened.
-        if self.format is None and not self.to_lora:
-            raise UsageError("nothing to do: give --format (another format) or --to-lora, or both")
+        if self.format is None and not (self.to_lora or self.lora_only):
+            raise UsageError(
+                "nothing to do: give --format (another format), --to-lora or --lora-only, or "
+                "several of them"
+            )
         if not self.to_lora:
             for name in ("rank", "energy", "dtype"):
                 if getattr(self, name) is not None:
@@ -148,6 +161,9 @@ class Convert:
         )
         adapter = adapter.reread(told)
         raise_problems(f"{adapter.label} cannot be converted:", adapter.problems)
+        if base is not None:
+            writer = plugins.create("adapter_formats", self.format or adapter.format)
+            adapter = named_for(adapter, base, *spelling_of(writer))
         below = {} if base is None else weights_below(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None
@@ -155,12 +171,18 @@ class Convert:
             _require_base(chosen, adapter, None if base is None else below)
             converter = self._converter(adapter)
             planned |= {n: converter.planned(u, below.get(n)) for n, u in chosen.items()}
+        left_out: dict[str, LazyUpdate] = {}
+        if self.lora_only:
+            left_out = {n: u for n, u in planned.items() if u.kind not in _FACTORS}
+            planned = {n: u for n, u in planned.items() if n not in left_out}
+            if not planned:
+                raise InputError(f"{adapter.label}: has no low-rank update: nothing would be left")
         changed = {n: KIND_NAMES[kept[n].kind] for n in planned if planned[n] is not kept[n]}
         result = replace(
-            adapter,
+            _without(adapter, left_out),
             updates=planned,
             format=self.format or adapter.format,
-            settings=adapter.lasting_settings if changed else adapter.settings,
+            settings=adapter.lasting_settings if changed or left_out else adapter.settings,
             base_name=adapter.base_name or (base.hub_name if base is not None else ""),
             base_config=adapter.base_config if base is None else base.config,
             files={},
@@ -168,7 +190,7 @@ class Convert:
         )
         faults = _grouped_convolutions(changed, below)
         result, dropped = self._fitting(result, adapter.label, faults)
-        notes = (*adapter.notes, *dropped, *self._notes(kept, converter))
+        notes = (*adapter.notes, *dropped, *self._notes(kept, left_out, converter))
         return replace(
             result,
             notes=notes,
@@ -220,7 +242,15 @@ class Convert:
         raise_problems(heading, refusals(result, writer))
         return result, tuple(f"left out: {text}" for text in grouped(problems))
 
-    def _notes(self, kept: Mapping[str, LazyUpdate], converter: Converter | None) -> Iterator[str]:
+    def _notes(
+        self,
+        kept: Mapping[str, LazyUpdate],
+        left_out: Mapping[str, LazyUpdate],
+        converter: Converter | None,
+    ) -> Iterator[str]:
+        if left_out:
+            kinds = ", ".join(counted_kinds(update.kind for update in left_out.values()))
+            yield f"left out: {kinds} ({listed(list(left_out), 3)}): what they change is lost"
         if not self.to_lora:
             return
         if converter is None:
@@ -231,7 +261,7 @@ class Convert:
                 f"{some(large)}: low-rank already, of a rank above {self.rank}: kept as it is "
                 f"(`loratool rescale --rank {self.rank}` cuts it)"
             )
-        whole = [name for name, update in kept.items() if update.is_whole]
+        whole = [n for n, update in kept.items() if update.is_whole and n not in left_out]
         if whole:
             yield (
                 f"{some(whole)}: set, not changed: kept whole, which servers that take factors "
@@ -299,6 +329,20 @@ def _to_convert(updates: Mapping[str, LazyUpdate]) -> dict[str, LazyUpdate]:
         for name, update in updates.items()
         if update.kind in FACTORABLE and (len(update.shape) > 1 or update.kind in NEED_BASE)
     }
+
+
+def _without(adapter: Adapter, left_out: Mapping[str, LazyUpdate]) -> Adapter:
+    """The adapter less some updates, as one for the base's own class of model."""
+    if not left_out:
+        return adapter
+    return replace(
+        adapter,
+        context={name: t for name, t in adapter.context.items() if name not in left_out},
+        task_type=None if adapter.task_type in TASK_HEADS else adapter.task_type,
+        model_files={},
+        model_config=None,
+        dropped=(),
+    )
 
 
 def _require_base(

@@ -61,6 +61,10 @@ class Rescale:
     normalize: bool = option(
         False, "one rank for all, alpha = rank, no patterns: what every server loads"
     )
+    pad: int | None = option(
+        None, "with --normalize: zeros up to this rank, for servers that take certain ranks only",
+        metavar="RANK",
+    )  # fmt: skip
     balance: bool = option(False, "make A and B equally long; the delta stays the same")
     dtype: str | None = option(
         None, "type of the factors (default: theirs)", choices=tuple(FLOAT_NAMES)
@@ -85,6 +89,11 @@ class Rescale:
             raise UsageError("--keep-delta says what --alpha leaves alone: give --alpha, too")
         if self.alpha is not None and self.normalize:
             raise UsageError("--normalize makes alpha the rank: leave --alpha out")
+        if self.pad is not None and (self.pad < 1 or not self.normalize or self.budget is not None):
+            raise UsageError(
+                f"--pad {self.pad}: is a rank from 1 up, goes with --normalize (one rank for all), "
+                "and does not go with --budget"
+            )
         if self.alpha is not None and not self.keep_delta:
             self._check_strength()
         if self.budget is not None:
@@ -121,6 +130,7 @@ class Rescale:
             policy=self._policy(),
             budget=parse_size(self.budget) if self.budget is not None else None,
             normalize=self.normalize,
+            pad=self.pad or 0,
             balance=self.balance,
             dtype=parse_float_dtype(self.dtype) if self.dtype else None,
         )
@@ -188,7 +198,8 @@ class Rescale:
         if self.budget is not None:
             yield f"factors of {self.budget} at most"
         if self.normalize:
-            yield "one rank for all, alpha = rank"
+            least = f", padded to {self.pad}" if self.pad else ""
+            yield f"one rank for all{least}, alpha = rank"
         if self.balance:
             yield "A and B equally long"
         if self.dtype is not None:

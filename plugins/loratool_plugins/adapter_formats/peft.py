@@ -86,7 +86,8 @@ class Peft:
             base_config=ours.get("base_config"),
             tied=ours["tied"],
             moves=ours["moves"],
-            settings=settings,
+            settings={**ours["settings"], **settings},
+            layout=ours["layout"],
             context=reader.replaced,
             rslora=bool(settings.get("use_rslora")),
             short_targets=_short_targets(settings, updates),
@@ -112,10 +113,13 @@ class Peft:
                 return
             layout = plan.layout()
             tensors = dict(plan.tensors(layout))
-            tensors |= {key: adapter.context[name] for key, name in layout.whole.items()}
+            context = plan.adapter.context
+            tensors |= {key: context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
-                tensors |= _placeholder(spool, adapter, layout.placeholder)
-            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, _SAID)}
+                tensors |= _placeholder(spool, plan.adapter, layout.placeholder)
+            # Settings of formats of diffusion models come back with kohya's names for it.
+            said = [name for name in _SAID if not (name == "settings" and adapter.layout)]
+            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
     is_inside,
@@ -312,16 +313,20 @@ def spool_all(
 ) -> Plan:
     """Append every update's tensors as they come."""
     plan = Plan(adapter, method_of(adapter))
+    kept: dict[str, LazyTensor] = {}
     biases: dict[str, Dense] = {}
     for update, found in results:
         if isinstance(found, Replacement):
             plan.replaced.add(update.name)
+            kept[update.name] = found.tensor.renamed(update.name)
         elif isinstance(found, Dense):
             biases[update.name] = found
         elif found is not None and not (update.kind == "ia3" and update.optional):
             plan.written[update.name] = _spooled(spool, adapter, update, found, plan.method)
     for name, bias in biases.items():
         plan.written[name] = _spooled_bias(spool, plan, name, bias)
+    # An adapter of another format has no context; what it replaces is all that is known of it.
+    plan.adapter = replace(adapter, context={**kept, **adapter.context})
     return plan
 
 
@@ -381,14 +386,14 @@ def _parts(
             return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, found.rank, found.scale
         case LoHa():
             parts = {
-                **_product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
-                **_product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
+                **product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
+                **product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
             }
             return parts, _rank(found.one), found.scale
         case LoKr():
             parts = {
-                **_product_parts(f"{module}.lokr_w1", "", found.one),
-                **_product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
+                **product_parts(f"{module}.lokr_w1", "", found.one),
+                **product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
             }
             if found.other.right is None and len(update.shape) > 2:
                 whole = parts[f"{module}.lokr_w2"]
@@ -431,14 +436,6 @@ def _wrapper(adapter: Adapter, name: str) -> str:
     inside = sorted(others, key=usual_order)
     depth = len(inside) - 1 - inside.index(leaf)
     return f"{PREFIX}{module}{'.base_layer' * depth}"
-
-
-def _product_parts(key: str, core: str, product: Product) -> dict[str, torch.Tensor]:
-    if product.right is None:
-        return {key: product.left}
-    if product.core is None:
-        return {f"{key}_a": product.left, f"{key}_b": product.right}
-    return {f"{key}_a": product.left.T, f"{key}_b": product.right, core: product.core}
 
 
 def _rank(product: Product) -> int:
