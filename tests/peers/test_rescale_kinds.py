@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool.errors import LoratoolError
-from tests.peers.experts import Mixture, save_base, save_random
+from tests.peers.experts import PARAMETERS, Mixture, save_base, save_random
 from tests.peers.loading import Tensors, merged_by_peft
 from tests.peers.test_peft_kinds import CASES, Net, made, merge
 
@@ -109,3 +110,23 @@ def test_experts_of_a_lower_rank(tmp_path: Path) -> None:
         u, sigma, v = torch.linalg.svd((whole[key] - before[key]).double(), full_matrices=False)
         best = u[..., :1] * sigma[..., None, :1] @ v[..., :1, :]
         torch.testing.assert_close(found[key] - before[key], best.float(), rtol=1e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.21.2"])
+def test_square_experts_keep_their_orientation(tmp_path: Path, version: str) -> None:
+    """PEFT turned it around after 0.18; shapes do not tell, the file's version does."""
+    base, adapter = save_base(tmp_path), save_random(tmp_path / "adapter", 1, PARAMETERS[:1])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["peft_version"] = version
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    loratool.rescale(adapter, by=1).save(tmp_path / "out")
+    found, wanted = (
+        merged(base, path, tmp_path / f"{path.name} merged") for path in (tmp_path / "out", adapter)
+    )
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    delta = wanted["experts.square"] - load_file(base)["experts.square"]
+    theirs = merged_by_peft(Mixture(), base, adapter)["experts.square"]
+    theirs -= load_file(base)["experts.square"]
+    torch.testing.assert_close(delta, theirs.mT if version == "0.18.0" else theirs)
+    warned = any("matrices are square" in n for n in loratool.validate(adapter, base).notes)
+    assert warned == (version != "0.18.0")
