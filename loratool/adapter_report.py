@@ -105,18 +105,19 @@ def _totals(
     whole: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     every = {**updates, **whole}
+    own = {name for name in every if not adapter[name].optional}
     sigmas = (sigma for found in measured.values() for sigma in found.experts)
     squares = sorted((value**2 for sigma in sigmas for value in sigma), reverse=True)
     digests = {k: v for facts in every.values() for k, v in facts["digests"].items()}
     stored = list({t.name: t for update in adapter.values() for t in update.stored}.values())
     norms = [facts["norm"] for facts in updates.values() if facts["norm"] is not None]
-    kinds: Counter[Kind] = Counter(adapter[name].kind for name in every)
+    kinds: Counter[Kind] = Counter(adapter[name].kind for name in every if name in own)
     dense = [facts["dense_parameters"] for facts in updates.values()]
     return {
         "counts": {
             "low_rank": kinds["low_rank"],
             "replaced": kinds["replacement"],
-            "others": len(updates) - kinds["low_rank"],
+            "others": len(own.intersection(updates)) - kinds["low_rank"],
             "dropped": len(adapter.dropped),
         },
         "kinds": {kind: _kind_totals(adapter, kind, every) for kind in kinds},
@@ -146,7 +147,7 @@ def _kind_totals(
     found = [every[name] for name in names]
     norms = [facts["norm"] for facts in found]
     return {
-        "updates": len(found),
+        "updates": sum(not adapter[name].optional for name in names),
         "parameters": _own_parameters(adapter, {n: f for n, f in every.items() if n in names}),
         "bytes": sum(facts["bytes"] for facts in found),
         "norm": None if None in norms or kind in WHOLE else math.hypot(*norms),

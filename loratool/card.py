@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from loratool.adapter import Adapter
-from loratool.outcome import Outcome
+from loratool.outcome import Outcome, counted_kinds
 from loratool.refs import parse_ref
 from loratool.reports import format_share
+from loratool.updates import KIND_NAMES, LORA
 
 _SIGNATURE = re.compile(r"<!-- loratool wrote this card: ([0-9a-f]{16}) -->\n\Z")
 
@@ -47,31 +49,49 @@ def model_card(adapter: Adapter, outcome: Outcome, library: str = "peft", usage:
         usage: Markdown that says how; PEFT's way if empty.
     """
     base = adapter.base_name if is_hub_name(adapter.base_name) else ""
-    header = ["---", f"library_name: {library}", "tags:", "- lora", "- loratool"]
+    is_lora = any(kind in LORA for kind in outcome.kinds)
+    header = ["---", f"library_name: {library}", "tags:", *["- lora"] * is_lora, "- loratool"]
     if base:
         header += [f"base_model: {base}", "base_model_relation: adapter"]
     header.append("---")
-    ranks = sorted({c.rank for c in outcome.low_rank.values()})
     lines = [
         *header,
         "",
-        "# LoRA adapter",
+        "# LoRA adapter" if is_lora else "# Adapter",
         "",
         adapter.provenance.sentence,
         "",
-        f"- {len(outcome.low_rank)} low-rank updates of rank "
-        + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"),
-        f"- {len(outcome.replaced)} tensors kept whole",
-        f"- {format_share(outcome.energy)} of the squared norm of the low-rank deltas captured",
+        *_contents(outcome),
         "",
-        "| module | updates | energy, lowest | energy, mean |",
-        "|---|---|---|---|",
         *_by_module(outcome),
-        "",
         *(usage.splitlines() if usage else _usage(adapter, base)),
         "",
     ]
     return signed("\n".join(lines))
+
+
+def _contents(outcome: Outcome) -> list[str]:
+    """What it is made of, a line for each kind."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for name, certificate in outcome.low_rank.items():
+        ranks[outcome.adapter[name].kind].append(certificate.rank)
+    lines = [
+        f"- {words}{of_rank(ranks[kind])}"
+        for kind in KIND_NAMES
+        for words in counted_kinds([kind] * outcome.kinds[kind])
+    ]
+    if outcome.low_rank:
+        share = format_share(outcome.energy)
+        lines.append(f"- {share} of the squared norm of the low-rank deltas captured")
+    return lines
+
+
+def of_rank(ranks: Sequence[int]) -> str:
+    """The ranks of some updates in words: " of rank 4", " of ranks 4 to 8"; "" of none."""
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return f" of rank {low}" if low == high else f" of ranks {low} to {high}"
 
 
 def _usage(adapter: Adapter, base: str) -> list[str]:
@@ -107,8 +127,15 @@ def _by_module(outcome: Outcome) -> list[str]:
     energies = defaultdict(list)
     for name, certificate in outcome.low_rank.items():
         energies[module_kind(name)].append(certificate.energy)
+    if not energies:
+        return []
     return [
-        f"| {module} | {len(shares)} | {format_share(min(shares))} "
-        f"| {format_share(sum(shares) / len(shares))} |"
-        for module, shares in energies.items()
+        "| module | updates | energy, lowest | energy, mean |",
+        "|---|---|---|---|",
+        *(
+            f"| {module} | {len(shares)} | {format_share(min(shares))} "
+            f"| {format_share(sum(shares) / len(shares))} |"
+            for module, shares in energies.items()
+        ),
+        "",
     ]

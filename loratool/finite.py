@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loratool.adapter import Adapter
+from loratool.checkpoint import LazyTensor
 from loratool.errors import InputError, Problem
 from loratool.linalg import is_finite
 from loratool.updates import Added, tensors_of
 
 
 def non_finite(adapter: Adapter) -> list[Problem]:
-    """Read every stored tensor, one after the other: an error for each that holds NaN or Inf."""
+    """Read every stored tensor, one after the other: an error for each that holds NaN or Inf.
+
+    Among them are the copies of the base's tensors that low-rank updates are added to.
+    """
+    stored = [tensor for update in adapter.values() for tensor in update.stored]
+    beneath = [update.beneath for update in adapter.values() if update.beneath is not None]
+    return non_finite_tensors([*stored, *beneath])
+
+
+def non_finite_tensors(tensors: Iterable[LazyTensor]) -> list[Problem]:
+    """The same for any tensors, each read once."""
     found = []
-    for update in adapter.values():
-        for tensor in update.stored:
-            value = tensor.read()
-            if value.is_floating_point() and not is_finite(value):
-                found.append(Problem("error", tensor.name, "holds NaN or Inf"))
+    for tensor in {tensor.name: tensor for tensor in tensors}.values():
+        value = tensor.read()
+        if value.is_floating_point() and not is_finite(value):
+            found.append(Problem("error", tensor.name, "holds NaN or Inf"))
     return found
 
 

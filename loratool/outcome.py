@@ -11,8 +11,8 @@ from typing import Any
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate
-from loratool.reports import Report, Table, counted, format_bytes, format_share
-from loratool.updates import Experts, Kind, LowRank, Replacement, Update, counted_kind
+from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.updates import KIND_NAMES, Experts, Kind, LowRank, Replacement, Update, counted_kind
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Outcome:
         others: name -> the kind of what is neither.
         left_out: the same for what `--lora-only` left out.
         unchanged: how many tensors turned out to be equal in both models.
+        kinds: how many updates of each kind there were; IA3's biases go with their weights.
     """
 
     adapter: Adapter
@@ -34,12 +35,15 @@ class Outcome:
     others: dict[str, Kind] = field(default_factory=dict)
     left_out: dict[str, float | None] = field(default_factory=dict)
     unchanged: int = 0
+    kinds: Counter[Kind] = field(default_factory=Counter)
 
     def watch(
         self, results: Iterable[tuple[LazyUpdate, Update | None]]
     ) -> Iterator[tuple[LazyUpdate, Update | None]]:
         """Pass results on and remember what they say."""
         for update, found in results:
+            if found is not None and not update.optional:
+                self.kinds[found.kind] += 1
             if isinstance(found, LowRank | Experts):
                 self.low_rank[update.name] = found.certificate or Certificate(found.rank, 0, 0)
             elif isinstance(found, Replacement):
@@ -115,12 +119,12 @@ class Outcome:
     def report(self, target: Path, size: int, data: dict[str, Any]) -> Report:
         """The outcome for people."""
         lines = [
-            f"{counted(len(self.low_rank), 'low-rank update')}, "
-            f"{counted(len(self.replaced), 'tensor')} kept whole"
-            + "".join(f", {words}" for words in counted_kinds(self.others.values()))
-            + (f", {self.unchanged} {self.adapter.provenance.skipped}" if self.unchanged else ""),
-            f"energy captured: {format_share(self.energy)} of ||delta||^2 of all low-rank updates",
+            ", ".join(counted_kinds(self.kinds.elements()))
+            + (f", {self.unchanged} {self.adapter.provenance.skipped}" if self.unchanged else "")
         ]
+        if self.low_rank:
+            share = format_share(self.energy)
+            lines.append(f"energy captured: {share} of ||delta||^2 of all low-rank updates")
         tuned = data.get("finetuned", {}).get("bytes")
         share = (
             f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
@@ -159,8 +163,9 @@ class Outcome:
 
 
 def counted_kinds(kinds: Iterable[Kind]) -> list[str]:
-    """How many there are of each kind: ["2 DoRA updates", "1 full-size delta"]."""
-    return [counted_kind(kind, number) for kind, number in Counter(kinds).items()]
+    """How many there are of each kind: ["2 DoRA updates", "1 tensor kept whole"]."""
+    found = Counter(kinds)
+    return [counted_kind(kind, found[kind]) for kind in KIND_NAMES if found[kind]]
 
 
 def _error(error: float) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from loratool import plugins
 from loratool.adapter import Adapter
-from loratool.card import module_kind, signed
+from loratool.card import module_kind, of_rank, signed
 from loratool.front_matter import dump
 from loratool.publication import Kind
-from loratool.reports import counted, format_share
+from loratool.reports import format_share
+from loratool.updates import FACTORED, KIND_NAMES, LORA, WHOLE, counted_kind
 
 # The end of a class name -> the Hub's name of the task.
 _TASKS = {
@@ -42,11 +43,6 @@ _TASK_TYPES = {
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
 _LIBRARIES: Mapping[Kind, str] = {"adapter": "peft", "model": "transformers", "onnx": "onnx"}
-_TAGS: Mapping[Kind, tuple[str, ...]] = {
-    "adapter": ("lora", "peft", "loratool"),
-    "model": ("loratool",),
-    "onnx": ("onnx", "loratool"),
-}
 # The largest ranks of adapters that vLLM can be started for (vllm/config/lora.py).
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT = 16
@@ -82,7 +78,7 @@ class Subject:
 def metadata(subject: Subject) -> dict[str, Any]:
     """What the Hub wants to know, in the order in which cards say it."""
     found: dict[str, Any] = dict(subject.license)
-    found["library_name"] = _LIBRARIES[subject.kind]
+    found["library_name"] = _library(subject)
     if subject.base:
         found["base_model"] = subject.base
         # The Hub knows adapter, merge (of several models), quantized and finetune. What an ONNX
@@ -91,7 +87,26 @@ def metadata(subject: Subject) -> dict[str, Any]:
             found["base_model_relation"] = "adapter" if subject.kind == "adapter" else "finetune"
     if tag := _pipeline_tag(subject):
         found["pipeline_tag"] = tag
-    found["tags"] = ["lora"] * subject.reversible + list(_TAGS[subject.kind])
+    own = [] if subject.kind == "model" else [found["library_name"]]
+    found["tags"] = ["lora"] * _is_lora(subject) + [*own, "loratool"]
+    return found
+
+
+def _is_lora(subject: Subject) -> bool:
+    """Whether LoRA is in it, or was merged into it."""
+    updates = subject.adapter.values() if subject.adapter else ()
+    return subject.reversible or any(update.kind in LORA for update in updates)
+
+
+def _library(subject: Subject) -> str:
+    """The Hub's name of the library that loads it."""
+    if subject.adapter is None:
+        return _LIBRARIES[subject.kind]
+    return str(getattr(_format(subject.adapter), "library", _LIBRARIES["adapter"]))
+
+
+def _format(adapter: Adapter) -> plugins.AdapterFormat:
+    found: plugins.AdapterFormat = plugins.create("adapter_formats", adapter.format)
     return found
 
 
@@ -117,22 +132,28 @@ def _adapter_body(subject: Subject) -> Iterator[str]:
         made = f"The difference between a fine-tuned {kind} and {_linked(subject.base)}, "
         yield f"{made}as a LoRA adapter extracted by loratool.\n"
     else:
-        yield f"A LoRA adapter for {_linked(subject.base)}, which makes {kind} of it.\n"
-    ranks = [update.rank or 0 for update in adapter.values() if update.kind == "low_rank"]
-    whole = len(adapter) - len(ranks)
-    yield f"- {counted(len(ranks), 'low-rank update')}" + (f" of rank {_span(ranks)}" * bool(ranks))
-    if whole:
-        yield f"- {counted(whole, 'tensor')} kept whole"
+        called = "A LoRA adapter" if _is_lora(subject) else "An adapter"
+        yield f"{called} for {_linked(subject.base)}, which makes {kind} of it.\n"
+    numbers = Counter(update.kind for update in adapter.values() if not update.optional)
+    for update_kind in KIND_NAMES:
+        if number := numbers[update_kind]:
+            ranks = [u.rank for u in adapter.values() if u.kind == update_kind and u.rank]
+            yield f"- {counted_kind(update_kind, number)}{of_rank(ranks)}"
+    ranks = [update.rank for update in adapter.values() if update.rank]
     energy = _part(subject.manifest, "totals").get("energy")
     if isinstance(energy, float | int):
         yield f"- {format_share(energy)} of the squared norm of the low-rank deltas captured"
     yield ""
-    if ranks:
+    if any(update.kind in LORA for update in adapter.values()):
         yield from _table(adapter, _part(subject.manifest, "tensors"))
     if made := made_by(subject.manifest, subject.base):
         yield f"Made by\n\n```sh\n{made}\n```\n"
-    yield from _peft(subject, adapter)
-    yield from _vllm(subject, adapter, max(ranks, default=0), whole)
+    usage = getattr(_format(adapter), "usage", "")
+    if usage:
+        yield f"## {_library(subject)}\n\n{usage.replace('ADAPTER', subject.target)}\n"
+    else:
+        yield from _peft(subject, adapter)
+        yield from _vllm(subject, adapter, max(ranks, default=0))
     yield "## loratool\n"
     yield "```sh\n" + f"loratool merge {subject.base or 'BASE'} {subject.target} -o merged\n```"
 
@@ -156,7 +177,7 @@ def _table(adapter: Adapter, tensors: Mapping[str, Any]) -> Iterator[str]:
     ranks: dict[str, list[int]] = defaultdict(list)
     energies: dict[str, list[float]] = defaultdict(list)
     for name, update in adapter.items():
-        if update.kind != "low_rank":
+        if update.kind not in LORA:
             continue
         ranks[module_kind(name)].append(update.rank or 0)
         energy = _part(tensors, name).get("energy")
@@ -224,9 +245,9 @@ def _peft(subject: Subject, adapter: Adapter) -> Iterator[str]:
     yield f"model = PeftModel.from_pretrained(base, {target})\n```\n"
 
 
-def _vllm(subject: Subject, adapter: Adapter, rank: int, whole: int) -> Iterator[str]:
+def _vllm(subject: Subject, adapter: Adapter, rank: int) -> Iterator[str]:
     yield "## vLLM\n"
-    obstacles = _vllm_obstacles(subject, adapter, rank, whole)
+    obstacles = _vllm_obstacles(subject, adapter, rank)
     if obstacles:
         yield f"vLLM does not serve this adapter beside its base: {', and '.join(obstacles)}."
         yield "Merge it (below), and serve the merged model.\n"
@@ -240,13 +261,19 @@ def _vllm(subject: Subject, adapter: Adapter, rank: int, whole: int) -> Iterator
     )
 
 
-def _vllm_obstacles(subject: Subject, adapter: Adapter, rank: int, whole: int) -> list[str]:
+def _vllm_obstacles(subject: Subject, adapter: Adapter, rank: int) -> list[str]:
     """What vLLM's own checks refuse (vllm/lora/peft_helper.py), or get wrong silently."""
     settings, found = adapter.settings, []
     if _pipeline_tag(subject) != "text-generation":
         found.append("the model does not generate text")
-    if whole or settings.get("modules_to_save"):
+    kinds = {update.kind for update in adapter.values()}
+    if kinds & WHOLE or settings.get("modules_to_save"):
         found.append("it replaces whole tensors")
+    if any(len(update.shape) == 1 and not update.is_whole for update in adapter.values()):
+        found.append("it changes biases")
+    if alien := kinds - WHOLE - FACTORED - {"dense"}:
+        names = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in alien)
+        found.append(f"it is no plain LoRA but {names} (`loratool convert --to-lora` makes it one)")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
         found.append("its ranks or scales differ (`loratool rescale --normalize` makes them one)")
     if rank > _VLLM_RANKS[-1]:

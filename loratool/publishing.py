@@ -24,14 +24,14 @@ from loratool.disclosure import (
     require_no_secrets,
     without_paths,
 )
-from loratool.errors import FormatError, InputError, raise_problems
-from loratool.finite import non_finite
+from loratool.errors import FormatError, InputError, Problem, raise_problems
+from loratool.finite import non_finite, non_finite_tensors
 from loratool.publication import Publication
 from loratool.publication_files import CARD, Survey, mapped, survey
 from loratool.record import BLOBS, FILE, Record, read_record
 from loratool.refs import parse_remote
 from loratool.reports import listed
-from loratool.safetensors_file import read_header
+from loratool.safetensors_file import lazy_tensors, read_header
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
@@ -83,9 +83,19 @@ def _validate(folder: Path, found: Survey, base: Checkpoint | None) -> None:
     if isinstance(found.opened, Adapter):
         adapter = found.opened.reread(FormatOptions(base=base))
         problems = bind(adapter, base).problems if base is not None else adapter.problems
-        raise_problems(f"{folder}: is not published:", [*problems, *non_finite(adapter)])
+        raise_problems(f"{folder}: is not published:", [*problems, *_not_finite(adapter, found)])
         if not adapter:
             raise InputError(f"{folder}: the adapter changes nothing; there is nothing to publish")
+
+
+def _not_finite(adapter: Adapter, found: Survey) -> list[Problem]:
+    """Tensors with NaN or Inf: of updates, and whatever else lies in the files."""
+    problems = non_finite(adapter)
+    known = {problem.tensor for problem in problems}
+    known.update(tensor.name for update in adapter.values() for tensor in update.stored)
+    files = [path for name, path in found.files.items() if name.endswith(".safetensors")]
+    tensors = (t for path in files for t in lazy_tensors(path, read_header(path)).values())
+    return [*problems, *non_finite_tensors(t for t in tensors if t.name not in known)]
 
 
 def _base_name(found: Survey, wishes: Wishes) -> str:

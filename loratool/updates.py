@@ -45,6 +45,8 @@ WHOLE: frozenset[str] = frozenset({"rows", "replacement"})  # set values, whatev
 NEED_BASE: frozenset[str] = frozenset({"dora", "ia3"})  # their deltas depend on the base's values
 # What is made of factors A and B, whose rank can be cut.
 FACTORED: frozenset[str] = frozenset({"low_rank", "experts"})
+# What everybody calls LoRA.
+LORA: frozenset[str] = FACTORED | {"dora"}
 # What plain low-rank updates can be made of, where it is for more than a vector.
 FACTORABLE: frozenset[str] = frozenset({"dense", "loha", "lokr", "dora", "ia3"})
 _PLURAL = re.compile(r"(update|delta|scaling|table|tensor)\b")
