@@ -306,9 +306,10 @@ def rescale(
         dtype: of the factors: "fp16", ...; None for theirs.
 
     Raises:
-        InputError: the adapter cannot be read or has no low-rank updates, or the budget is smaller
+        InputError: the adapter cannot be read or has nothing to rescale, or the budget is smaller
             than the least that can be written.
-        MismatchError: the adapter's files contradict themselves; all complaints at once.
+        MismatchError: the adapter's files contradict themselves, or it holds kinds of updates that
+            have to be made plain LoRA first; all complaints at once.
         UsageError: an option's value makes no sense, or two contradict each other.
     """
     step = Rescale(
@@ -421,7 +422,8 @@ def stack(
 
     Raises:
         InputError: a file cannot be read, or nothing is left.
-        MismatchError: the adapters do not belong together.
+        MismatchError: the adapters do not belong together, or hold kinds of updates that have to be
+            made plain LoRA first.
         UsageError: an option's value makes no sense.
     """
     step = Stack(combiner, tuple(weights), rank, energy, ratio, dtype, factorizer, seed)

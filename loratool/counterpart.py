@@ -131,7 +131,7 @@ def _require_merge(
 ) -> None:
     for name, bound in binding.changed.items():
         other = merged.get(there.get(name, ""))
-        if other is None or bound.update.kind != "low_rank":
+        if other is None or bound.update.kind == "replacement":
             continue
         if not is_float(other.dtype) or other.name in merged.quantized:
             scheme = merged.quantized.get(other.name, other.dtype)

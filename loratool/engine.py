@@ -25,7 +25,7 @@ from loratool.json_files import MANIFEST, manifest
 from loratool.outcome import Outcome
 from loratool.places import atomic_directory
 from loratool.reports import Report
-from loratool.updates import FACTORABLE, KIND_NAMES, Update
+from loratool.updates import FACTORABLE, KIND_NAMES, Update, elements_a_rank
 from loratool.writer import write_checkpoint, write_file, write_side_files
 
 Progress = Callable[[str, int], None]
@@ -158,10 +158,15 @@ def _needed_bytes(adapter: Adapter) -> int:
     """
     total = 0
     for update in adapter.values():
-        if update.kind == "replacement":
+        if update.is_whole:
             total += update.nbytes
-        else:
-            total += 2 * (update.rank or 0) * sum(update.shape) * itemsize(update.dtype)
+        elif update.stored:
+            total += 2 * sum(tensor.nbytes for tensor in update.stored)
+        elif update.rank:
+            elements = update.rank * elements_a_rank(update.kind, update.shape)
+            total += 2 * elements * itemsize(update.dtype)
+        elif update.kind == "dense":
+            total += 2 * update.nbytes
     return total
 
 

@@ -103,9 +103,9 @@ def in_class_of(
 
 
 def _without_factors(adapter: Adapter) -> Adapter:
-    """The adapter with low-rank updates that change nothing."""
+    """The adapter with nothing that is added to weights: only what it replaces."""
     updates = {
-        name: replace(update, load=lambda: None) if update.kind == "low_rank" else update
+        name: update if update.is_whole else replace(update, load=lambda: None)
         for name, update in adapter.items()
     }
     return replace(adapter, updates=updates)

@@ -19,8 +19,9 @@ _LISTED = 20
 class Inspect:
     """Show what an adapter or a checkpoint is made of. It needs no base.
 
-    An adapter: its base, ranks, alpha and scale, parameters, norms, and how its energy is spread
-    over the singular values. A checkpoint, by headers alone: architecture, files, types and largest
+    An adapter: its base, kinds of updates, ranks, alpha and scale, parameters, norms, and how the
+    energy of low-rank updates is spread over the singular values (of experts: what a rank common to
+    all of them keeps). What DoRA and IA3 add depends on the base, and has no norm here. A checkpoint, by headers alone: architecture, files, types and largest
     tensors. --json is always complete.
     """
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _CONFIG = peft_config.FILE
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT's config says by itself.
+_ON_MODULES = ("low_rank", "dora", "loha", "lokr", "ia3")  # kinds that target_modules is for
 _SAID = (
     "task_type", "base_name", "naming", "rslora", "short_targets", "settings",
 )  # fmt: skip
@@ -157,7 +158,11 @@ def _short_targets(
         settings.get(key) for key in ("layers_to_transform", "exclude_modules")
     ):
         return {}
-    modules = [n.removesuffix(".weight") for n, u in updates.items() if u.kind == "low_rank"]
+    modules = [
+        name.removesuffix(".weight")
+        for name, update in updates.items()
+        if name.endswith(".weight") and update.kind in _ON_MODULES
+    ]
     found = {
         str(target): frozenset(m for m in modules if m == target or m.endswith(f".{target}"))
         for target in targets
