@@ -154,11 +154,11 @@ def _report(
     warnings = len(problems) - len(errors)
     kinds = Counter(bound.update.kind for bound in binding.changed.values())
     others = {kind: n for kind, n in kinds.items() if kind not in ("low_rank", "replacement")}
-    counts = {
+    counts: dict[str, int] = {
         "low_rank": kinds["low_rank"],
         "replaced": kinds["replacement"],
         "added": len(binding.added),
-        **others,
+        **{str(kind): number for kind, number in others.items()},
     }
     verdict = "fits" if not errors else "does not fit"
     data: Mapping[str, Any] = {
