@@ -22,12 +22,16 @@ from tests.diffusion import pipelines
 from tests.single_files import UNET, State
 
 # The denoiser's modules that are trained, and the text encoder's.
-TARGETS: Mapping[str, tuple[str, ...]] = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut"),
-    "transformer": (
+_UNET = (
+    r"(mid_block|down_blocks\.[01]|up_blocks\.[01])\.(attentions|resnets)\.[01]\."
+    r".*(to_q|to_k|to_out\.0|ff\.net\.2|proj_in|conv1|conv_shortcut)"
+)
+TARGETS: Mapping[str, str | list[str]] = {
+    "unet": _UNET,
+    "transformer": [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "proj_mlp", "ff.net.2",
         "norm_out.linear", "norm1.linear",
-    ),
+    ],
 }  # fmt: skip
 TEXT = ("q_proj", "out_proj", "fc1")
 _TEXT_PREFIX = {
@@ -62,7 +66,7 @@ def trained(
 ) -> Path:
     """What diffusers saves of a pipeline with PEFT's adapters in it."""
     pipeline, name = pipelines.pipeline(kind), denoiser(kind)
-    config = {"r": 2, "lora_alpha": 2, "target_modules": list(TARGETS[name]), **settings}
+    config = {"r": 2, "lora_alpha": 2, "target_modules": TARGETS[name], **settings}
     models = {name: getattr(pipeline, name)}
     models[name].add_adapter(LoraConfig(**config))
     if text:
