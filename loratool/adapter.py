@@ -51,6 +51,7 @@ class LazyUpdate:
             where there are any).
         rows: which rows of a table are replaced.
         embedding: whether it is for an embedding's table, which formats store in another way.
+        axis: of DoRA, 1 if each column of the weight has a magnitude instead of each row.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LazyUpdate:
     optional: bool = False
     rows: tuple[int, ...] = ()
     embedding: bool = False
+    axis: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -145,7 +147,7 @@ class Rereading:
     read: Callable[[FormatOptions], Adapter]
 
 
-_READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
+_READ = Provenance("Writing", "Wrote", "An adapter written by loratool.")
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         left_out: changes that were not asked for: measured and reported, never written.
         naming: "" if names are those of parameters; else whose names they are ("kohya"), to be
             resolved on binding (`loratool.binding`).
+        layout: how kohya's names lie in the modules of a diffusion model, as far as it is known:
+            name -> (canonical module, first row, row after the last), ... of its rows in order.
         rslora: whether its format should state alpha for the scale alpha / sqrt(rank).
         short_targets: the last part of module names -> every module of the model that ends in it,
             where that is known: formats may name targets by it.
@@ -204,6 +208,7 @@ class Adapter(Mapping[str, LazyUpdate]):
     left_out: Mapping[str, LazyUpdate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     naming: str = ""
+    layout: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict, repr=False)
     rslora: bool = False
     short_targets: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)

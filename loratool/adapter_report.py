@@ -30,6 +30,7 @@ from loratool.reports import (
     listed,
     sparkline,
 )
+from loratool.updates import counted_kind
 
 _TOLD = 10  # problems that are told one by one
 
@@ -46,7 +47,7 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         InputError: a file cannot be read.
         FormatError: its manifest is not JSON.
     """
-    spectra, whole = _measured(adapter)
+    spectra, whole, others = _measured(adapter)
     updates = {name: _update_facts(adapter, name, found) for name, found in spectra.items()}
     problems = [
         *adapter.problems,
@@ -59,9 +60,10 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         "format": format_name,
         "task_type": adapter.task_type,
         "rslora": adapter.rslora,
-        **_totals(adapter, updates, whole),
+        **_totals(adapter, updates, whole, others),
         "updates": updates,
         "replaced": whole,
+        "others": others,
         "dropped": list(adapter.dropped),
         "tied": dict(adapter.tied),
         "model_files": sorted(adapter.model_files),
@@ -83,24 +85,31 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
     )
 
 
-def _measured(adapter: Adapter) -> tuple[dict[str, Spectrum], dict[str, dict[str, Any]]]:
-    """Spectra of the low-rank updates, and facts of the tensors that are kept whole."""
+def _measured(
+    adapter: Adapter,
+) -> tuple[dict[str, Spectrum], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Spectra of low-rank updates, facts of tensors that are kept whole, and of other kinds."""
 
     def task(update: LazyUpdate) -> tuple[str, Spectrum | dict[str, Any] | None]:
         if update.kind == "low_rank":
             return update.name, spectrum(update)
+        if not update.is_whole:
+            digests = {tensor.name: measure(tensor).digest for tensor in update.stored}
+            facts = {"kind": update.kind, "shape": list(update.shape), "digests": digests}
+            return update.name, facts
         tensor = replaced_tensor(update)
         return update.name, None if tensor is None else _whole_facts(tensor)
 
     spectra: dict[str, Spectrum] = {}
     whole: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {}
     with single_threaded_tasks():
         for name, found in plugins.create("executors", "threads").map(task, adapter.values()):
             if isinstance(found, Spectrum):
                 spectra[name] = found
             elif found is not None:
-                whole[name] = found
-    return spectra, whole
+                (whole if adapter[name].is_whole else others)[name] = found
+    return spectra, whole, others
 
 
 def _whole_facts(tensor: LazyTensor) -> dict[str, Any]:
@@ -115,14 +124,14 @@ def _whole_facts(tensor: LazyTensor) -> dict[str, Any]:
 
 def _update_facts(adapter: Adapter, name: str, found: Spectrum) -> dict[str, Any]:
     update = adapter[name]
-    out, width = update.shape
+    out, width = update.shape[0], math.prod(update.shape[1:])
     rank = found.rank if update.rank is None else update.rank
     alpha = None
     if found.scale is not None:
         # To 12 digits: what dividing by the rank and multiplying again has added is not alpha.
         alpha = float(f"{found.scale * (math.sqrt(rank) if adapter.rslora else rank):.12g}")
     return {
-        "shape": [out, width],
+        "shape": list(update.shape),
         "rank": rank,
         "alpha": alpha,
         "scale": found.scale,
@@ -156,17 +165,23 @@ def _effective_ranks(squares: Sequence[float]) -> dict[str, int]:
 
 
 def _totals(
-    adapter: Adapter, updates: Mapping[str, Mapping[str, Any]], whole: Mapping[str, Any]
+    adapter: Adapter,
+    updates: Mapping[str, Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    others: Mapping[str, Any],
 ) -> dict[str, Any]:
     squares = sorted((s**2 for facts in updates.values() for s in facts["sigma"]), reverse=True)
     digests = {
-        k: v for facts in (*updates.values(), *whole.values()) for k, v in facts["digests"].items()
+        k: v
+        for facts in (*updates.values(), *whole.values(), *others.values())
+        for k, v in facts["digests"].items()
     }
     stored = [tensor for update in adapter.values() for tensor in update.stored]
     return {
         "counts": {
             "low_rank": len(updates),
             "replaced": len(whole),
+            "others": len(others),
             "dropped": len(adapter.dropped),
         },
         **{
@@ -218,6 +233,7 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{counted(counts['low_rank'], 'low-rank update')}, "
         f"{counted(counts['replaced'], 'tensor')} kept whole{dropped}"
+        + "".join(f", {words}" for words in _kinds(data["others"]))
     )
     if counts["low_rank"]:
         yield from _low_rank_lines(data)
@@ -234,6 +250,12 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"model files: {listed(data['model_files'], 6)}"
     if data["ready_for"]:
         yield f"ready for: {', '.join(data['ready_for'])}"
+
+
+def _kinds(others: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many there are of each other kind: ["2 LoHa updates"]."""
+    found = Counter(facts["kind"] for facts in others.values())
+    return [counted_kind(kind, number) for kind, number in found.items()]
 
 
 def _low_rank_lines(data: Mapping[str, Any]) -> Iterator[str]:

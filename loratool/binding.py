@@ -142,6 +142,7 @@ class _Binder:
             for tensor in dict.fromkeys(piece.tensor for piece in pieces):
                 self.problems += _storage_problems(update, tensor, self.base)
             self.problems += _tie_problems(update, target, self.targets.skeleton, tying)
+            self.problems += _orientation_problems(update, target, self.targets.skeleton)
         if share.is_plain and pieces == (Piece(place),):
             self.plain[place] = BoundUpdate(update, place, transposed)
             return
@@ -216,6 +217,18 @@ def _tie_problems(
     return [Problem("warning", update.name, message)]
 
 
+def _orientation_problems(update: LazyUpdate, target: str, skeleton: Skeleton) -> list[Problem]:
+    """A warning where neither shapes nor the model tell how experts' square matrices are stored."""
+    square = update.kind == "experts" and update.shape == _swapped(update.shape)
+    if not square or update.transposed is not None or not skeleton.guessed:
+        return []
+    message = (
+        f"its matrices are square, and the base has no config.json that tells how it stores "
+        f"{target}: taken as (experts, out, in)"
+    )
+    return [Problem("warning", update.name, message)]
+
+
 def _shape_problem(
     update: LazyUpdate, target: str, shape: tuple[int, ...], transposed: bool
 ) -> Problem | None:
@@ -283,7 +296,7 @@ def _is_transposed(
 ) -> bool:
     """As PEFT decides: the module's class wins over what the adapter's config says."""
     if update.kind == "experts":
-        return _experts_transposed(update, shape)
+        return _experts_transposed(update, target, shape, skeleton)
     if update.kind in ("dense", "rows") or len(shape) != 2:
         return False
     kind = "other" if skeleton.guessed else skeleton.kinds.get(target, "other")
@@ -294,11 +307,15 @@ def _is_transposed(
     return shape != update.shape and shape == update.shape[::-1]
 
 
-def _experts_transposed(update: LazyUpdate, shape: tuple[int, ...]) -> bool:
-    """Shapes tell where rows and columns differ in number."""
+def _experts_transposed(
+    update: LazyUpdate, target: str, shape: tuple[int, ...], skeleton: Skeleton
+) -> bool:
+    """Shapes tell where rows and columns differ in number; else who wrote it, or the module."""
     if update.shape != _swapped(update.shape):
         return shape != update.shape and shape == _swapped(update.shape)
-    return bool(update.transposed)
+    if update.transposed is not None:
+        return update.transposed
+    return target in skeleton.transposed_experts
 
 
 def _is_tied_twin(

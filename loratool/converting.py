@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loratool.adapter import LazyUpdate
-from loratool.deltas import matrix_shape
 from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Factorizer, is_finite, named_generator
@@ -27,6 +26,7 @@ from loratool.updates import (
     Replacement,
     Rows,
     Update,
+    matrix_shape,
     tensors_of,
 )
 

@@ -11,6 +11,7 @@ from loratool.alignment import Alignment, align
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
 from loratool.errors import MismatchError, raise_problems
+from loratool.respelling import respelled
 
 
 def reference(adapters: Sequence[Adapter]) -> Adapter:
@@ -29,6 +30,11 @@ def in_one_naming(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[
         MismatchError: an adapter does not fit the base, has errors of its own, or names weights
             differently and there is no base.
     """
+    adapters = _in_one_scheme(adapters, base)
+    if base is not None and adapters[0].naming:
+        for adapter in adapters:
+            _bound(adapter, base)
+        return adapters
     if base is None:
         for adapter in adapters:
             raise_problems(f"{adapter.label} cannot be used:", adapter.problems)
@@ -43,6 +49,20 @@ def in_one_naming(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[
         _renamed(adapter, binding, _renaming(binding.alignment, target, base), chosen)
         for adapter, binding in zip(adapters, bindings, strict=True)
     ]
+
+
+def _in_one_scheme(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[Adapter]:
+    """The adapters; under canonical names where only some of them have kohya's."""
+    spelled = next((adapter for adapter in adapters if adapter.naming), None)
+    other = next((adapter for adapter in adapters if not adapter.naming), None)
+    if spelled is None or other is None:
+        return list(adapters)
+    if base is None:
+        raise MismatchError(
+            f"{spelled.label} names weights as {spelled.naming} does ({next(iter(spelled), '')}), "
+            f"and {other.label} does not: give the base that they are for with --base"
+        )
+    return [respelled(adapter, base) for adapter in adapters]
 
 
 def _require_one_naming(one: Adapter, other: Adapter) -> None:

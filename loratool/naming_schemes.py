@@ -35,7 +35,7 @@ def in_the_bases_names(
         module, _, leaf = name.rpartition(".")
         rows = known.targets.get(module)
         if rows is None:
-            problems.append(Problem("error", name, _why_unknown(module, targets)))
+            problems.append(Problem("error", name, why_unknown(module, targets)))
             continue
         place = 0
         for part in rows:
@@ -54,7 +54,8 @@ def in_the_bases_names(
     return found, problems
 
 
-def _why_unknown(module: str, targets: Targets) -> str:
+def why_unknown(module: str, targets: Targets) -> str:
+    """Why one of kohya's names means nothing in a base."""
     if meanings := targets.kohya.ambiguous.get(module):
         choices = [" and ".join(row.module for row in rows) for rows in meanings]
         return f"its name fits several modules of the base: {', or '.join(choices)}"

@@ -25,6 +25,7 @@ from loratool.updates import (
     LoHa,
     LoKr,
     LowRank,
+    Product,
     Replacement,
     Update,
 )
@@ -125,6 +126,11 @@ def complaint(shares: Sequence[Share], shape: Shape) -> str:
             return f"{name}: of only a part of the base's tensor, which cannot be merged yet"
         if kind == "dora" and any(len(_short(share, shape)) > 1 for share in shares):
             return f"{name}: whose rows lie apart in the base, which cannot be merged yet"
+        if kind == "dora" and any(share.update.axis for share in shares):
+            return (
+                f"{name}: with a magnitude for each column of several modules together, of which "
+                "the base has only one, or which it has in pieces: that cannot be merged yet"
+            )
     return ""
 
 
@@ -138,7 +144,12 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
     """
     first = shares[0].update
 
+    rows = _reordered(shares, shape)
+
     def load() -> Update | None:
+        if rows is not None:
+            whole = first.load()
+            return None if whole is None else rows_of(whole, rows)
         found = [(share.place, share.load()) for share in shares]
         present = [(place, update) for place, update in found if update is not None]
         if len(shares) == 1 and not shares[0].place:
@@ -146,7 +157,7 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
         return _fused(tensor, shape, present)
 
     kind = _kind(shares, shape)
-    ranks = [share.update.rank or 0 for share in shares]
+    ranks = [share.update.rank or 0 for share in shares[: 1 if rows else None]]
     return LazyUpdate(
         first.name,
         kind,
@@ -162,6 +173,26 @@ def joined(tensor: str, shape: Shape, shares: Sequence[Share]) -> LazyUpdate:
         rows=first.rows,
         embedding=first.embedding,
     )
+
+
+def _reordered(shares: Sequence[Share], shape: Shape) -> list[Index] | None:
+    """The rows of the one update whose rows, in another order, are the tensor's; else None."""
+    first = shares[0]
+    plain = all(
+        share.update is first.update
+        and len(share.part) == len(share.place) == 1
+        and isinstance(share.part[0], slice)
+        and not (share.flipped or share.transposed)
+        for share in shares
+    )
+    if len(shares) < 2 or not plain or first.update.kind == "replacement":
+        return None
+    places = [(_rows(share.place, None), share.part[0]) for share in shares]
+    places.sort(key=lambda item: item[0].start)
+    stops = [0, *(place.stop for place, _ in places)]
+    if [place.start for place, _ in places] != stops[:-1] or stops[-1] != shape[0]:
+        return None
+    return [part for _, part in places]
 
 
 def _kind(shares: Sequence[Share], shape: Shape) -> Kind:
@@ -234,16 +265,125 @@ def _taken(update: Update, index: Indices, shape: Shape) -> Update:
             a = update.a
             if len(index) > 1:
                 a = a.reshape(-1, *shape[1:])[(slice(None), *index[1:])].reshape(len(a), -1)
-            return LowRank(a, update.b[index[0]], update.scale)
-        case DoRA() if len(index) == 1 and update.axis == 0:
-            added = _taken(update.added, index, shape)
-            assert isinstance(added, LowRank | Dense | LoHa | LoKr)
-            return DoRA(added, update.magnitude[index[0]])
+            return _trimmed(LowRank(a, update.b[index[0]], update.scale))
+        case DoRA() if len(index) == 1 and isinstance(index[0], slice):
+            return _trimmed(rows_of(update, index))
         case LoHa() | LoKr():
             from loratool.deltas import dense
 
             return Dense(dense(update, shape)[index])
     raise TypeError(f"no part can be taken of {type(update).__name__}")
+
+
+def cut_rows(update: LazyUpdate, name: str, rows: Sequence[slice]) -> LazyUpdate:
+    """Some rows of an update as one of the parameter `name`, which has these rows, in this order.
+
+    When it is loaded, a LoKr may turn out dense (`rows_of`), and a low-rank update of a smaller
+    rank, or none at all, where these rows are zero.
+    """
+    if is_whole(update, rows):
+        return replace(update, name=name)
+    height = sum(row.stop - row.start for row in rows)
+
+    def load() -> Update | None:
+        found = update.load()
+        part = None if found is None else _trimmed(rows_of(found, rows))
+        return None if isinstance(part, LowRank) and not part.b.count_nonzero() else part
+
+    return replace(update, name=name, shape=(height, *update.shape[1:]), load=load, stored=())
+
+
+def is_whole(update: LazyUpdate, rows: Sequence[slice]) -> bool:
+    """Whether an update has just these rows, or scales inputs, which are those of any rows."""
+    is_of_columns = update.kind == "ia3" and len(update.shape) == 2 and not update.shape[0]
+    return is_of_columns or (len(rows) == 1 and rows[0] == slice(0, update.shape[0]))
+
+
+def rows_of(update: Update, rows: Sequence[Index]) -> Update:
+    """Some rows of an update: an update of a weight that has these rows, in this order.
+
+    Args:
+        update: of a weight (out, ...).
+        rows: slices of its rows; all of them, in whatever order, for DoRA with a magnitude for
+            each column.
+
+    Returns:
+        An update of the same kind, but for a LoKr whose blocks the rows cut: a dense one.
+
+    Raises:
+        TypeError: this kind has no rows of its own.
+    """
+    match update:
+        case LowRank():
+            return LowRank(update.a, _cut(update.b, rows), update.scale)
+        case Dense():
+            return replace(update, values=_cut(update.values, rows))
+        case LoHa():
+            return replace(update, one=_left(update.one, rows), other=_left(update.other, rows))
+        case LoKr():
+            return _rows_of_kronecker(update, rows)
+        case DoRA():
+            added = rows_of(update.added, rows)
+            assert isinstance(added, LowRank | Dense | LoHa | LoKr)
+            magnitude = update.magnitude if update.axis else _cut(update.magnitude, rows)
+            return DoRA(added, magnitude, update.axis)
+        case IA3():
+            return update if update.axis else IA3(_cut(update.factors, rows))
+        case Replacement() if len(rows) == 1:
+            return Replacement(_lazy_part(update.tensor, tuple(rows), flipped=False))
+    raise TypeError(f"no rows can be taken of {type(update).__name__}")
+
+
+def _trimmed(update: Update) -> Update:
+    """The same without the columns of B that are zero, of which the first stays in any case.
+
+    What was put together of several modules' updates is so again what each of them was.
+    """
+    if isinstance(update, DoRA):
+        added = _trimmed(update.added)
+        assert isinstance(added, LowRank | Dense | LoHa | LoKr)
+        return replace(update, added=added)
+    if not isinstance(update, LowRank):
+        return update
+    used = (update.b != 0).any(dim=0)
+    if used.all():
+        return update
+    used[0] |= not used.any()
+    return LowRank(update.a[used], update.b[:, used], update.scale)
+
+
+def _cut(values: torch.Tensor, rows: Sequence[Index]) -> torch.Tensor:
+    import torch
+
+    return values[rows[0]] if len(rows) == 1 else torch.cat([values[row] for row in rows])
+
+
+def _left(product: Product, rows: Sequence[Index]) -> Product:
+    return replace(product, left=_cut(product.left, rows))
+
+
+def _rows_of_kronecker(update: LoKr, rows: Sequence[Index]) -> LoKr | Dense:
+    """Rows of kron(one, other) are rows of `one` where they are whole blocks of `other`'s."""
+    from loratool.deltas import dense
+
+    height = update.other.left.shape[0]
+    blocks = [
+        slice(row.start // height, row.stop // height)
+        for row in rows
+        if isinstance(row, slice) and not (row.start % height or row.stop % height)
+    ]
+    if len(blocks) == len(rows):
+        return replace(update, one=_left(update.one, blocks))
+    shape = (update.one.left.shape[0] * height, _width(update.one) * _width(update.other))
+    return Dense(_cut(dense(update, shape), rows))
+
+
+def _width(product: Product) -> int:
+    """The columns of the matrix; of a convolution's, inputs times kernel."""
+    if product.right is None:
+        return math.prod(product.left.shape[1:])
+    kernel = () if product.core is None else product.core.shape[2:]
+    return math.prod((*product.right.shape[1:], *kernel))
 
 
 def _fused(tensor: str, shape: Shape, found: Sequence[tuple[Indices, Update]]) -> Update | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -129,6 +129,8 @@ class AdapterFormat(Protocol):
         carries: the kinds of update that it can hold (`loratool.updates`).
         refines: (optional) as of a `CheckpointFormat`.
         namings: (optional, empty if absent) unresolved names (`Adapter.naming`) that it can write.
+        canonical: (optional, False if absent) whether it calls the modules of diffusion models as
+            diffusers does ("unet.conv_in"), or by names that these tell.
         library: (optional, "peft" if absent) the Hub's name of the library that loads it.
         usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
             directory; PEFT's way if absent.
@@ -277,6 +279,11 @@ def _entries(kind: str) -> Mapping[str, tuple[EntryPoint, ...]]:
             continue
         found[entry.name] = (*known, entry)
     return found
+
+
+def spelling_of(format: AdapterFormat) -> tuple[Collection[str], bool]:
+    """What an adapter format says of the names that it writes: its `namings` and `canonical`."""
+    return getattr(format, "namings", ()), getattr(format, "canonical", False)
 
 
 def names(kind: str) -> tuple[str, ...]:

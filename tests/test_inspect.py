@@ -103,7 +103,7 @@ def test_the_adapter_as_a_whole(folder: Path) -> None:
     assert data["path"] == str(folder)
     assert data["base"] == {"name": "org/base", "digest": None}
     assert (data["task_type"], data["rslora"]) == ("CAUSAL_LM", False)
-    assert data["counts"] == {"low_rank": 3, "replaced": 1, "dropped": 0}
+    assert data["counts"] == {"low_rank": 3, "replaced": 1, "others": 0, "dropped": 0}
     assert data["ranks"] == [{"value": 2, "count": 1}, {"value": 3, "count": 2}]
     assert data["alphas"] == [{"value": 6, "count": 2}, {"value": 12, "count": 1}]
     assert [entry["value"] for entry in data["scales"]] == [2, 3, 4]

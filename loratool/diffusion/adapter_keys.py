@@ -7,7 +7,7 @@ and before that the factors lay in attention processors: `attn1.processor.to_q_l
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from loratool.diffusion.text import canonical_name
@@ -15,6 +15,13 @@ from loratool.diffusion.text import canonical_name
 Side = Literal["A", "B", "B.bias", "magnitude", "alpha"]
 
 _COMPONENTS = re.compile(r"(unet|transformer(_\d+)?|text_encoder(_\d+)?|prior|controlnet)\.")
+# What names inside a component begin with; no two components share one.
+_INSIDE = (
+    ("unet", r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\."),
+    ("transformer", r"((single_)?transformer_blocks|time_text_embed|context_embedder|x_embedder"
+     r"|pos_embed|norm_out|proj_out)\."),
+    ("text_encoder", r"text_model\."),
+)  # fmt: skip
 _SIDES: tuple[tuple[str, Side], ...] = (
     (r"\.lora_A(\.[^.]+)??\.weight", "A"),
     (r"\.lora_B(\.[^.]+)??\.weight", "B"),
@@ -39,31 +46,50 @@ class AdapterKey:
     Attributes:
         module: the canonical name of the module ("unet.mid_block...attn1.to_q").
         side: which tensor of its update it is.
+        own: what the key itself calls the module, without its component.
     """
 
     module: str
     side: Side
+    own: str = field(default="", compare=False)
 
 
 def parse_key(key: str) -> AdapterKey | None:
     """Read a key of a diffusers LoRA file; None if it is not of this format.
 
-    A key without a component is of a UNet: the oldest files hold nothing else.
+    The keys of the oldest files, and of some trainers, have no component.
     """
-    is_bare = _COMPONENTS.match(key) is None
-    full = f"unet.{key}" if is_bare else key
+    full = with_component(key)
+    if full is None:
+        return None
     if found := _PROCESSOR.fullmatch(full):
         is_text = full.startswith("text_encoder")
         part = (_CLIP_PARTS if is_text else _UNET_PARTS)[found["part"]]
         module = f"{found['attention']}.{part}"
-        return AdapterKey(_canonical(module), "A" if found["way"] == "down" else "B")
+        return _key(module, "A" if found["way"] == "down" else "B")
     for ending, side in _SIDES:
         found = re.fullmatch(rf"(?P<module>.+?){ending}", full)
-        if found and not (is_bare and side == "alpha"):  # kohya's keys have one, too
-            return AdapterKey(_canonical(found["module"]), side)
+        if found:
+            return _key(found["module"], side)
     return None
 
 
-def _canonical(module: str) -> str:
-    """Without the processor of an attention, and with CLIP's `text_model`."""
-    return canonical_name(module.replace(".processor.", "."))
+def canonical_module(name: str) -> str | None:
+    """The canonical name of a module; None if its name does not tell its component."""
+    full = with_component(name)
+    return None if full is None else canonical_name(full)
+
+
+def _key(module: str, side: Side) -> AdapterKey:
+    """A key of a module, whose name is cleared of the processor of an attention."""
+    name = module.replace(".processor.", ".")
+    return AdapterKey(canonical_name(name), side, name.partition(".")[2])
+
+
+def with_component(name: str) -> str | None:
+    """A name that says which component it is in, as far as it does or its beginning tells."""
+    if _COMPONENTS.match(name):
+        return name
+    found = (component for component, inside in _INSIDE if re.match(inside, name))
+    component = next(found, None)
+    return None if component is None else f"{component}.{name}"

@@ -8,7 +8,8 @@ their makers' names, in which queries, keys and values are one module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loratool.diffusion.layouts import model_kind, single_file_modules
@@ -35,6 +36,11 @@ _DOTTED = {
     "text_encoders.clip_g.transformer.": "lora_te2_",
     "text_encoders.t5xxl.transformer.": "lora_te3_",
 }
+# Modules that Stable Diffusion XL's UNet has, and those of 1 and 2 do not.
+_SDXL = re.compile(
+    r"unet\.(add_embedding\.|up_blocks\.0\.attentions\."
+    r"|.*\.attentions\.\d+\.transformer_blocks\.[1-9])"
+)
 _BY_SINGLE_FILE = ("sdxl", "flux", "sd3")  # kinds whose denoiser goes by the names of single files
 
 
@@ -95,6 +101,29 @@ def kohya_layout(shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
             prefix = "lora_te_" if is_only_encoder else prefixes[0]
             found[prefix + _underscored(path)] = (whole,)
     return {name: rows for name, rows in found.items() if name not in ambiguous}
+
+
+def spelled_alone(modules: Collection[str]) -> dict[str, str] | str:
+    """The names that sd-scripts writes for modules of a model that is not at hand.
+
+    Only Stable Diffusion 1 and 2 go by their own names; all later models by their makers', which
+    cannot be told from some of the modules.
+
+    Args:
+        modules: canonical names.
+
+    Returns:
+        Module -> its name; or why there is none.
+    """
+    components = {module.partition(".")[0] for module in modules}
+    if components - {"unet", "text_encoder"} or any(map(_SDXL.match, modules)):
+        return "is of a model whose modules kohya's format calls by its makers' names"
+    prefixes = {"unet": _DENOISER, "text_encoder": "lora_te_"}
+    found = {}
+    for module in modules:
+        component, _, path = module.partition(".")
+        found[module] = prefixes[component] + _underscored(path)
+    return found
 
 
 def kohya_spelling(module: str) -> str:

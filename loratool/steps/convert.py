@@ -13,12 +13,21 @@ from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Provenance
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.engine import refusals
-from loratool.errors import InputError, MismatchError, Problem, UsageError, raise_problems
+from loratool.errors import (
+    InputError,
+    MismatchError,
+    Problem,
+    UsageError,
+    grouped,
+    raise_problems,
+    some,
+)
 from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
-from loratool.plugins import Operand, option
+from loratool.plugins import Operand, option, spelling_of
 from loratool.reports import listed
+from loratool.respelling import named_for
 from loratool.skeleton import TASK_HEADS
 from loratool.underneath import Underneath, weights_below
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
@@ -152,6 +161,9 @@ class Convert:
         )
         adapter = adapter.reread(told)
         raise_problems(f"{adapter.label} cannot be converted:", adapter.problems)
+        if base is not None:
+            writer = plugins.create("adapter_formats", self.format or adapter.format)
+            adapter = named_for(adapter, base, *spelling_of(writer))
         below = {} if base is None else weights_below(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None
@@ -176,8 +188,8 @@ class Convert:
             files={},
             path=None,
         )
-        grouped = _grouped_convolutions(changed, below)
-        result, dropped = self._fitting(result, adapter.label, grouped)
+        faults = _grouped_convolutions(changed, below)
+        result, dropped = self._fitting(result, adapter.label, faults)
         notes = (*adapter.notes, *dropped, *self._notes(kept, left_out, converter))
         return replace(
             result,
@@ -222,13 +234,13 @@ class Convert:
             return result, ()
         faulty = {problem.tensor for problem in problems if problem.tensor in result}
         if not self.drop or len(faulty) < len({problem.tensor for problem in problems}):
-            raise MismatchError("\n".join([heading, *(f"  {text}" for text in _grouped(problems))]))
+            raise MismatchError("\n".join([heading, *(f"  {text}" for text in grouped(problems))]))
         updates = {name: u for name, u in result.items() if name not in faulty}
         if not updates:
             raise InputError(f"{heading} with --drop nothing is left to write")
         result = replace(result, updates=updates)
         raise_problems(heading, refusals(result, writer))
-        return result, tuple(f"left out: {text}" for text in _grouped(problems))
+        return result, tuple(f"left out: {text}" for text in grouped(problems))
 
     def _notes(
         self,
@@ -246,13 +258,13 @@ class Convert:
         large = [n for n, u in kept.items() if u.kind == "low_rank" and u.rank and self._cuts(u)]
         if large:
             yield (
-                f"{_some(large)}: low-rank already, of a rank above {self.rank}: kept as it is "
+                f"{some(large)}: low-rank already, of a rank above {self.rank}: kept as it is "
                 f"(`loratool rescale --rank {self.rank}` cuts it)"
             )
         whole = [n for n, update in kept.items() if update.is_whole and n not in left_out]
         if whole:
             yield (
-                f"{_some(whole)}: set, not changed: kept whole, which servers that take factors "
+                f"{some(whole)}: set, not changed: kept whole, which servers that take factors "
                 "alone (vLLM) refuse"
             )
 
@@ -347,7 +359,7 @@ def _require_base(
     if below is not None:
         if missing := [update.name for update in relative if update.name not in below]:
             raise InputError(
-                f"{adapter.label}: {_some(missing)}: shares its values with another tensor, and "
+                f"{adapter.label}: {some(missing)}: shares its values with another tensor, and "
                 "has none of its own in the base: leave it out of the adapter"
             )
         return
@@ -361,7 +373,7 @@ def _require_base(
     unclear = [name for name, update in chosen.items() if _may_be_convolution(update)]
     if unclear:
         raise InputError(
-            f"{adapter.label}: {_some(unclear)}: does not say the kernel of its convolution: give "
+            f"{adapter.label}: {some(unclear)}: does not say the kernel of its convolution: give "
             f"the base with --base{named}"
         )
 
@@ -388,19 +400,6 @@ def _grouped_convolutions(changed: Iterable[str], below: Mapping[str, Underneath
         for name in changed
         if name in below and below[name].groups > 1
     ]
-
-
-def _grouped(problems: list[Problem]) -> list[str]:
-    """Complaints with the names that they are about, each once."""
-    names: dict[str, list[str]] = {}
-    for problem in problems:
-        names.setdefault(problem.message, []).append(problem.tensor)
-    return [f"{_some(tensors)}: {message}" for message, tensors in names.items()]
-
-
-def _some(names: list[str]) -> str:
-    """The first name, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _facts(step: Convert, adapter: Adapter, converter: Converter | None) -> dict[str, Any]:

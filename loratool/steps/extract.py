@@ -24,6 +24,7 @@ from loratool.json_files import parse_json
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import Operand, option
 from loratool.reports import listed
+from loratool.respelling import named_for
 from loratool.skeleton import (
     TASK_HEADS,
     Skeleton,
@@ -107,7 +108,7 @@ class Extract:
         updates |= tied
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
-        return Adapter(
+        adapter = Adapter(
             updates,
             model_files={} if self.lora_only or plan.is_part else _model_files(plan),
             model_config=None if self.lora_only or plan.is_part else plan.config,
@@ -125,6 +126,8 @@ class Extract:
             provenance=_provenance(plan, self._base_name(base)),
             facts=lambda: _facts(self, policy, plan, reader),
         )
+        writer = plugins.create("adapter_formats", self.format)
+        return named_for(adapter, base, *plugins.spelling_of(writer))
 
     def _base_name(self, base: Checkpoint) -> str:
         named = str((base.config or {}).get("_name_or_path") or "")

@@ -305,7 +305,7 @@ def _dequantized_note(base: Checkpoint, dtype: str | None) -> str:
 def _counts(parts: Sequence[Part]) -> dict[str, int]:
     changed = [bound for part in parts for bound in part.binding.changed.values()]
     return {
-        "updated": len({b.tensor for b in changed if b.update.kind == "low_rank"}),
+        "updated": len({b.tensor for b in changed if b.update.kind != "replacement"}),
         "replaced whole": len({b.tensor for b in changed if b.update.kind == "replacement"}),
         "added": len({name for part in parts for name in part.binding.added}),
         "left out that the fine-tuned model does not have": len(

@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loratool.adapter import Adapter, Provenance
 from loratool.digests import combine_digests
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError, UsageError, raise_problems
+from loratool.errors import InputError, MismatchError, UsageError, grouped, raise_problems
 from loratool.linalg import RankPolicy
+from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option
 from loratool.reports import counted, format_bytes
+from loratool.rescale_request import Request, sort
 from loratool.shards import parse_size
 
 if TYPE_CHECKING:
-    from loratool.rescaling import Request, Rescaler
+    from loratool.rescaling import Rescaler
 
 
 @dataclass(frozen=True)
 class Rescale:
     """Change an adapter's strength, alpha, rank, size or layout. It needs no base.
+
+    Every linear kind of update has a strength: low-rank updates of any weight, of experts, of
+    biases (lora_bias, which follow the factors beside them), full-size deltas, LoHa and LoKr. A
+    rank can be cut only of factors A and B; all experts of a weight keep one rank, so large that
+    the limits hold for each. DoRA and IA3 depend on the base and have to be made plain LoRA first
+    (`loratool convert --to-lora`). What is replaced whole stays as it is.
 
     First the delta is decided (--by, --alpha), then how much of it is kept (--rank, --energy,
     --ratio, --budget; together they all hold), then how it is written (--alpha with --keep-delta,
@@ -114,8 +122,6 @@ class Rescale:
             )
 
     def _request(self, adapter: Adapter) -> Request:
-        from loratool.rescaling import Request
-
         return Request(
             by=1.0 if self.by is None else self.by,
             alpha=self.alpha,
@@ -138,28 +144,36 @@ class Rescale:
         """Plan every update by headers; nothing is computed yet.
 
         Raises:
-            MismatchError: the adapter's files contradict themselves; all complaints at once.
-            InputError: it has no low-rank updates, or the budget is too small for any of them.
+            MismatchError: the adapter's files contradict themselves, or it holds kinds of updates
+                that cannot be rescaled so; all complaints at once.
+            InputError: it has nothing that can be rescaled, or the budget is too small for any of
+                it.
         """
-        raise_problems(f"{adapter.label} cannot be rescaled:", adapter.problems)
-        low_rank = {name: u for name, u in adapter.items() if u.kind == "low_rank"}
-        if not low_rank:
-            raise InputError(f"{adapter.label}: has no low-rank updates: nothing can be rescaled")
+        heading = f"{adapter.label} cannot be rescaled:"
+        raise_problems(heading, adapter.problems)
+        request = self._request(adapter)
+        updates = sort(adapter, request)
+        if updates.problems:
+            lines = (f"  {text}" for text in grouped(updates.problems))
+            raise MismatchError("\n".join([heading, *lines]))
+        if updates.is_empty and not request.is_identity:
+            raise InputError(
+                f"{adapter.label}: has no low-rank updates or other deltas: nothing can be rescaled"
+            )
         from loratool.rescaling import Rescaler
 
-        rescaler = Rescaler(self._request(adapter), low_rank, adapter.label)
-        planned = {name: rescaler.planned(update) for name, update in low_rank.items()}
+        rescaler = Rescaler(request, updates, adapter.label)
         return replace(
             adapter,
-            updates={**adapter.updates, **planned},
-            settings=adapter.lasting_settings,
+            updates={name: rescaler.planned(update) for name, update in adapter.items()},
+            settings=_lasting(adapter),
             files={},
             notes=(*adapter.notes, *self._notes(adapter)),
             rslora=adapter.rslora and not self.normalize,
             provenance=Provenance(
                 "Rescaling",
                 "Rescaled",
-                f"A low-rank adapter rescaled by loratool: {', '.join(self._words())}.",
+                f"An adapter rescaled by loratool: {', '.join(self._words())}.",
                 lambda: _lines(self, rescaler),
                 skipped="left out",
                 nothing=f"{adapter.label}: no update is left to write",
@@ -192,16 +206,24 @@ class Rescale:
             yield f"{self.dtype} factors"
 
     def _notes(self, adapter: Adapter) -> Iterator[str]:
-        whole = [name for name, update in adapter.items() if update.kind == "replacement"]
+        whole = {name: update.kind for name, update in adapter.items() if update.is_whole}
         if not whole:
             return
-        kept = (
-            f"{counted(len(whole), 'tensor')} kept whole ({whole[0]}{', ...' * (len(whole) > 1)})"
-        )
+        counts = " and ".join(counted_kinds(whole.values()))
+        kept = f"{counts} ({next(iter(whole))}{', ...' * (len(whole) > 1)})"
         if self.by is not None or (self.alpha is not None and not self.keep_delta):
             yield f"{kept}: no strength can scale these"
         if self.normalize:
             yield f"{kept}: servers that take factors alone (vLLM) refuse such an adapter"
+
+
+def _lasting(adapter: Adapter) -> dict[str, Any]:
+    """What stays true of the adapter's own settings, and the updates themselves do not say."""
+    lasting: tuple[str, ...] = ()
+    if adapter.settings.get("peft_type") == "LOKR":  # whose factors do not tell all of it
+        lasting = ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor")
+    kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
+    return {**kept, **adapter.lasting_settings}
 
 
 def _base_facts(adapter: Adapter) -> dict[str, Any]:
@@ -217,13 +239,15 @@ def _lines(step: Rescale, rescaler: Rescaler) -> tuple[str, ...]:
     results = rescaler.results
     if not results:
         return ()
-    ranks, scales = (_span(getattr(r, key) for r in results.values()) for key in ("rank", "scale"))
-    lines = [f"rank {ranks}, scale {scales}"]
+    factored = [result for result in results.values() if result.rank]
+    scales = _span(result.scale for result in factored or results.values())
+    ranks = f"rank {_span(result.rank for result in factored)}, " if factored else ""
+    lines = [f"{ranks}scale {scales}"]
     strengths = [r.strength for r in results.values() if r.strength is not None]
     if step.alpha is not None and not step.keep_delta and strengths:
         lines.append(f"another alpha: the delta is now {_span(strengths)} times what it was")
     if step.budget is not None:
-        spent = format_bytes(sum(r.nbytes for r in results.values()))
+        spent = format_bytes(sum(result.nbytes for result in factored))
         lines.append(f"factors: {spent} of the {format_bytes(parse_size(step.budget))} allowed")
     if left_out := sorted(rescaler.left_out):
         lines.append(

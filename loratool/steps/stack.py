@@ -140,11 +140,21 @@ class Stack:
             settings={k: v for a in plan.adapters for k, v in a.lasting_settings.items()},
             rslora=len(plan.adapters) == 1 and first.rslora,
             short_targets=_short_targets(plan),
+            naming=first.naming,
+            layout={name: rows for a in plan.adapters for name, rows in a.layout.items()},
+            format=_format(plan.adapters),
             base_digests=_base_digests(plan.adapters),
             notes=(*plan.notes, *_whole_notes(plan), *dtype_notes),
             provenance=_provenance(self, plan, stacker),
             facts=lambda: _facts(self, plan, stacker),
         )
+
+
+def _format(adapters: Sequence[Adapter]) -> str:
+    """The adapters' own format where it says their names; else PEFT."""
+    formats = {adapter.format for adapter in adapters}
+    is_named = any(adapter.naming or adapter.layout for adapter in adapters)
+    return formats.pop() if is_named and len(formats) == 1 else "peft"
 
 
 def _whole_notes(plan: StackPlan) -> Iterator[str]:

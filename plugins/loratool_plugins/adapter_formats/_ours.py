@@ -40,6 +40,7 @@ def text_of(adapter: Adapter, said: Collection[str] = (), **more: Any) -> str:
         "base_revision": adapter.base_revision,
         "base_config": shape_of(adapter.base_config),
         "naming": adapter.naming,
+        "layout": {name: [list(row) for row in rows] for name, rows in adapter.layout.items()},
         "rslora": adapter.rslora,
         "short_targets": {name: sorted(found) for name, found in adapter.short_targets.items()},
         "transposed": [name for name, update in adapter.items() if update.transposed],
@@ -82,10 +83,22 @@ def restored(ours: Mapping[str, Any], label: str) -> dict[str, Any]:
             name: frozenset(map(_text, modules)) for name, modules in found["short_targets"].items()
         }
         found["moves"] = tuple((_text(old), _text(new)) for old, new in ours.get("moves", ()))
+        found["layout"] = layout_of(ours, label)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{label}: its {KEY} metadata is not what loratool writes") from error
     found["rslora"] = ours.get("rslora") is True
     return found
+
+
+def layout_of(ours: Mapping[str, Any], label: str) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """`Adapter.layout`, if the metadata tells it; FormatError naming `label` otherwise."""
+    try:
+        return {
+            name: tuple((_text(module), int(start), int(stop)) for module, start, stop in rows)
+            for name, rows in ours.get("layout", {}).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FormatError(f"{label}: its {KEY} metadata is not what loratool writes") from error
 
 
 def shape_of(config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ _CONFIG = peft_config.FILE
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT's config says by itself.
 _SAID = (
-    "task_type", "base_name", "naming", "rslora", "short_targets", "transposed", "settings",
+    "task_type", "base_name", "naming", "rslora", "short_targets", "settings",
 )  # fmt: skip
 
 
@@ -71,6 +71,8 @@ class Peft:
         reader = Reader(checked, tensors)
         updates = reader.updates()
         ours = _ours.restored(_ours.parsed(metadata.get(_ours.KEY), str(weights)), str(weights))
+        if _ours.KEY in metadata:
+            updates = _oriented(updates, ours["transposed"])
         model_files, config = _ours.model_files(path)
         own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if is_file(file)]
         return Adapter(
@@ -84,7 +86,8 @@ class Peft:
             base_config=ours.get("base_config"),
             tied=ours["tied"],
             moves=ours["moves"],
-            settings=settings,
+            settings={**ours["settings"], **settings},
+            layout=ours["layout"],
             context=reader.replaced,
             rslora=bool(settings.get("use_rslora")),
             short_targets=_short_targets(settings, updates),
@@ -114,7 +117,9 @@ class Peft:
             tensors |= {key: context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
                 tensors |= _placeholder(spool, plan.adapter, layout.placeholder)
-            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, _SAID)}
+            # Settings of formats of diffusion models come back with kohya's names for it.
+            said = [name for name in _SAID if not (name == "settings" and adapter.layout)]
+            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said)}
             write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
@@ -130,6 +135,17 @@ def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str,
             return file, lazy_tensors(file, header), header.metadata
         return file, load_lazily(file), {}
     raise InputError(f"{path / _WEIGHTS[0]}: missing, but {_CONFIG} is there")
+
+
+def _oriented(
+    updates: Mapping[str, LazyUpdate], transposed: Collection[str]
+) -> dict[str, LazyUpdate]:
+    """Experts' updates with what a file that loratool wrote says of how the base stores them."""
+
+    def oriented(update: LazyUpdate) -> LazyUpdate:
+        return replace(update, transposed=True if update.name in transposed else None)
+
+    return {n: oriented(u) if u.kind == "experts" else u for n, u in updates.items()}
 
 
 def _short_targets(

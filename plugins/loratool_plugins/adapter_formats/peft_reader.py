@@ -27,6 +27,7 @@ from loratool.updates import (
     Rows,
     Update,
 )
+from loratool_plugins.adapter_formats._products import product
 from loratool_plugins.adapter_formats.peft_config import Settings
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class Reader:
         scale = self.settings.scale(module, self._complain)
 
         def load() -> Update:
-            return LoHa(_product(parts, "hada", "w1"), _product(parts, "hada", "w2"), scale)
+            return LoHa(product(parts, "hada", "w1"), product(parts, "hada", "w2"), scale)
 
         stored = list(parts.values())
         return [self._update(f"{module}.weight", "loha", shape, left, load, stored)]
@@ -312,7 +313,7 @@ class Reader:
         scale = self.settings.scale(module, self._complain)
 
         def load() -> Update:
-            return LoKr(_product(parts, "lokr", "w1"), _product(parts, "lokr", "w2"), scale)
+            return LoKr(product(parts, "lokr", "w1"), product(parts, "lokr", "w2"), scale)
 
         stored = list(parts.values())
         if len(other) == 3 and "lokr_w2" in parts:
@@ -332,7 +333,7 @@ class Reader:
             import torch
 
             other = parts["lokr_w2"].read().double()
-            one = _whole(_product(parts, "lokr", "w1"))
+            one = _whole(product(parts, "lokr", "w1"))
             return Dense(torch.kron(one, other).reshape(shape), scale)
 
         stored = list(parts.values())
@@ -444,21 +445,6 @@ def _kernel(core: LazyTensor) -> tuple[int, ...]:
     return core.shape[2:]
 
 
-def _product(parts: Parts, family: str, which: str) -> Product:
-    """A matrix from its tensors; in Tucker form PEFT stores the left factor as (r, out)."""
-    if (whole := parts.get(f"{family}_{which}")) is not None:
-        return Product(_flat(whole.read()))
-    left, right = (parts[f"{family}_{which}_{side}"].read() for side in "ab")
-    core = parts.get(f"{family}_t{which[1]}")
-    if core is None:
-        return Product(left, _flat(right))
-    return Product(left.T, right, core.read())
-
-
 def _whole(product: Product) -> torch.Tensor:
     left, right = product.left.double(), product.right
     return left if right is None else left @ right.double()
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(tensor.shape[0], -1)

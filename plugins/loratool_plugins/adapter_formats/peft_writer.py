@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
     is_inside,
@@ -129,7 +130,7 @@ class Plan:
         }
         config = layout.config(self.adapter, alphas)
         if parameters:
-            config["target_parameters"] = sorted(parameters)
+            config["target_parameters"] = list(parameters)  # in the order of their wrappers
             config = _with_parameters(config, parameters, bool(alphas))
         rows = {
             name.removesuffix(".weight"): list(self.adapter[name].rows)
@@ -335,9 +336,18 @@ def _spooled_bias(spool: Spool, plan: Plan, name: str, bias: Dense) -> Written:
     beside = plan.written[f"{module}.weight"].scale
     if beside == 0 != bias.scale:
         raise InputError(f"{name}: PEFT cannot add to it beside factors whose scale is 0")
-    values = bias.values if bias.scale == beside else bias.values * (bias.scale / beside)
+    values = bias.values if bias.scale == beside else _folded(bias.values, bias.scale / beside)
     key = f"{PREFIX}{module}.lora_B.bias"
     return Written({key: spool.add(key, values)})
+
+
+def _folded(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """A product in the type of the values where that holds it exactly, else in fp32 at least."""
+    product = values.double() * factor
+    own = product.to(values.dtype)
+    if values.itemsize >= 4 or bool((own.double() == product).all()):
+        return own
+    return product.float()
 
 
 def _spooled(
@@ -376,14 +386,14 @@ def _parts(
             return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, found.rank, found.scale
         case LoHa():
             parts = {
-                **_product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
-                **_product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
+                **product_parts(f"{module}.hada_w1", f"{module}.hada_t1", found.one),
+                **product_parts(f"{module}.hada_w2", f"{module}.hada_t2", found.other),
             }
             return parts, _rank(found.one), found.scale
         case LoKr():
             parts = {
-                **_product_parts(f"{module}.lokr_w1", "", found.one),
-                **_product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
+                **product_parts(f"{module}.lokr_w1", "", found.one),
+                **product_parts(f"{module}.lokr_w2", f"{module}.lokr_t2", found.other),
             }
             if found.other.right is None and len(update.shape) > 2:
                 whole = parts[f"{module}.lokr_w2"]
@@ -426,14 +436,6 @@ def _wrapper(adapter: Adapter, name: str) -> str:
     inside = sorted(others, key=usual_order)
     depth = len(inside) - 1 - inside.index(leaf)
     return f"{PREFIX}{module}{'.base_layer' * depth}"
-
-
-def _product_parts(key: str, core: str, product: Product) -> dict[str, torch.Tensor]:
-    if product.right is None:
-        return {key: product.left}
-    if product.core is None:
-        return {f"{key}_a": product.left, f"{key}_b": product.right}
-    return {f"{key}_a": product.left.T, f"{key}_b": product.right, core: product.core}
 
 
 def _rank(product: Product) -> int:
