@@ -104,7 +104,8 @@ class Readiness:
         for finding in self.findings:
             yield f"  {finding.severity}: {finding.message}"
             yield f"    cure: {finding.cure}" + (f" ({finding.note})" if finding.note else "")
-        if len(self.commands) > 1:
+        kinds = {finding.kind for finding in self.findings if finding.severity == "error"}
+        if self.commands and (len(kinds) > 1 or len(self.commands) > 1):
             yield f"  all of it: {' && '.join(self.commands)}"
         yield f"  {'ready' if self.is_ready else 'not ready'} for {server.name}"
 
