@@ -11,7 +11,9 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.cures import Cures
+from loratool.errors import MismatchError
 from loratool.reports import counted, listed
+from loratool.respelling import named_for
 from loratool.servers import SERVERS, Conduct, Limit, Server
 from loratool.traits import FACTORS, PLACES, TRAITS, Cure, Subject
 from loratool.updates import FACTORABLE, KIND_NAMES
@@ -229,15 +231,25 @@ def _place_findings(subject: Subject, cures: Cures, told: Collection[str]) -> It
             cure: Cure = "to_lora" if convertible else "lora_only"
             message = f"loratool's {server.write_as} files have no {KIND_NAMES[update.kind]}"
             homeless.setdefault((message, cure), []).append(name)
-    # Formats with names of their own are asked when these are known, on converting.
-    if base is not None and not getattr(writer, "canonical", False):
-        for problem in writer.refusals(replace(adapter, base_config=base.config)):
-            found = adapter.get(problem.tensor)
-            if problem.severity == "error" and found is not None and found.kind in writer.carries:
-                homeless.setdefault((problem.message, "drop"), []).append(problem.tensor)
+    for name, message in () if base is None else _refused(adapter, base, writer):
+        homeless.setdefault((message, "drop"), []).append(name)
     for (message, cure), names in homeless.items():
         what = f"{counted(len(names), 'update')} ({listed(names, 2)})"
         yield Finding(
             "place", "refuses", f"{what}: {message}", tuple(names), cures.one(cure), cure,
             cures.note(cure),
         )  # fmt: skip
+
+
+def _refused(
+    adapter: Adapter, base: Checkpoint, writer: plugins.AdapterFormat
+) -> Iterator[tuple[str, str]]:
+    """What a format cannot write of updates that it carries, in this base: name and reason."""
+    try:
+        named = named_for(adapter, base, *plugins.spelling_of(writer))
+    except MismatchError:
+        return  # it does not fit the base, which is told anyway
+    for problem in writer.refusals(replace(named, base_config=base.config)):
+        found = named.get(problem.tensor)
+        if problem.severity == "error" and found is not None and found.kind in writer.carries:
+            yield problem.tensor, problem.message

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 import loratool
-from loratool import plugins
 from tests.cli.tiny import done
 from tests.cli.tiny import loratool as command
 from tests.diffusion.pipelines import unet
@@ -113,9 +112,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    "diffusers" not in plugins.names("adapter_formats"), reason="the format is not there"
-)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_cured_is_what_peft_merges(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,10 +129,15 @@ def test_what_is_cured_is_what_peft_merges(
                 parameter.copy_(parameter + noise if "magnitude" in key else noise)
     model.save_pretrained("adapter")
     result = loratool.validate("adapter", servers=["diffusers"]).data["servers"]["diffusers"]
-    assert not result["ready"]
+    with_base = loratool.validate("adapter", "base/unet", servers=["diffusers"])
+    assert not result["ready"] and with_base.data["servers"]["diffusers"]["findings"] == [
+        {**f, "cure": f["cure"].replace("BASE", "base/unet"),
+         "note": f["note"].replace("BASE", "base/unet")}
+        for f in result["findings"]
+    ]  # fmt: skip
     for line in result["commands"]:
         done(command(*shlex.split(line.replace("BASE", "base"))[1:]))
-    assert loratool.validate("adapter-diffusers", servers=["diffusers"]).ok
+    assert loratool.validate("adapter-diffusers", "base", servers=["diffusers"]).ok
     found = load(Path("adapter-diffusers"))
     found.fuse_lora()
     found.unload_lora()
