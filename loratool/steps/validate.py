@@ -127,7 +127,8 @@ class Validate:
         title = f"{adapter.label} {verdict} in itself; no base was looked at"
         lines = tuple(f"error: {problem}" for problem in errors)
         warned = (f"{problem}" for problem in problems if problem.severity == "warning")
-        report = Report(title, data, lines, notes=tuple(warned), status=int(bool(errors)))
+        notes = (*adapter.notes, *warned)
+        report = Report(title, data, lines, notes=notes, status=int(bool(errors)))
         return self._with_servers(report, adapter, None)
 
     def _with_servers(self, report: Report, adapter: Adapter, base: Checkpoint | None) -> Report:
