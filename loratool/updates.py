@@ -29,7 +29,7 @@ Kind = Literal[
 ]  # fmt: skip
 
 # What a person calls them.
-KIND_NAMES: dict[str, str] = {
+KIND_NAMES: dict[Kind, str] = {
     "low_rank": "low-rank update",
     "experts": "low-rank update of experts",
     "dense": "full-size delta",

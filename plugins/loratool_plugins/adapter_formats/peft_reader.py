@@ -56,6 +56,8 @@ _KEYS_OF = {
 
 Parts = dict[str, LazyTensor]
 
+_DIMENSIONS = (2, 3, 4, 5)  # of the factors of matrices, and of convolutions
+
 
 @dataclass
 class Reader:
@@ -138,6 +140,9 @@ class Reader:
         for tensor in parts.values():
             if not is_float(tensor.dtype):
                 self._complain(tensor.name, "factors must be floats", "a float", tensor.dtype)
+        if not all(tensor.numel for tensor in parts.values()):
+            self._complain(module, "its factors are empty")
+            return []
         if set(parts) == {"trainable_tokens_delta"}:
             return self._tokens(module, parts["trainable_tokens_delta"])
         if "trainable_tokens_delta" in parts:
@@ -165,7 +170,7 @@ class Reader:
         if not self._has_all(module, parts, keys):
             return []
         a, b = (parts[key] for key in keys)
-        if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3, 4, 5):
+        if len(a.shape) != len(b.shape) or len(a.shape) not in ((2,) if embedding else _DIMENSIONS):
             self._complain(module, "lora_A and lora_B are no factors", "", f"{a.shape}, {b.shape}")
             return []
         if self.settings["target_parameters"] and not embedding and self._parameter(module):
@@ -209,7 +214,7 @@ class Reader:
         wanted = self.settings.rank(module)
         if rank != b.shape[1]:
             message = "lora_A and lora_B have different ranks"
-            if len(b.shape) > 2 and rank % b.shape[1] == 0:
+            if len(b.shape) > 2 and b.shape[1] and rank % b.shape[1] == 0:
                 message = (
                     "lora_B is grouped, lora_A is not: every group of the convolution would have "
                     "to see all inputs, which its weight does not; PEFT cannot merge it either"
@@ -255,7 +260,8 @@ class Reader:
     def _experts(self, module: str, a: LazyTensor, b: LazyTensor) -> list[LazyUpdate]:
         name = self._parameter(module) or module
         rank = self.settings.rank(name)
-        if not isinstance(rank, int) or a.shape[0] % rank or b.shape[1] != a.shape[0]:
+        whole = isinstance(rank, int) and rank > 0 and len(a.shape) == 2
+        if not whole or a.shape[0] % rank or b.shape[1] != a.shape[0]:
             self._complain(
                 name, "its factors are no multiple of the rank", f"{rank} * experts", f"{a.shape}"
             )
@@ -280,7 +286,7 @@ class Reader:
 
     def _loha(self, module: str, parts: Parts) -> list[LazyUpdate]:
         names = [f"hada_{w}_{side}" for w in ("w1", "w2") for side in "ab"]
-        if not self._has_all(module, parts, names):
+        if not self._has_all(module, parts, names) or not self._fit(module, parts, "hada"):
             return []
         tucker = "hada_t1" in parts
         left, right = parts["hada_w1_a"], parts["hada_w1_b"]
@@ -296,13 +302,17 @@ class Reader:
         return [self._update(f"{module}.weight", "loha", shape, left, load, stored)]
 
     def _lokr(self, module: str, parts: Parts) -> list[LazyUpdate]:
+        for w in ("w1", "w2"):
+            halves = [f"lokr_{w}_a", f"lokr_{w}_b"]
+            if f"lokr_{w}" not in parts and not self._has_all(module, parts, halves):
+                return []
+        if not self._fit(module, parts, "lokr"):
+            return []
         shapes = []
         for w in ("w1", "w2"):
             if f"lokr_{w}" in parts:
                 shapes.append(parts[f"lokr_{w}"].shape)
                 continue
-            if not self._has_all(module, parts, [f"lokr_{w}_a", f"lokr_{w}_b"]):
-                return []
             left, right = parts[f"lokr_{w}_a"], parts[f"lokr_{w}_b"]
             if w == "w2" and "lokr_t2" in parts:
                 shapes.append((left.shape[1], right.shape[1], *_kernel(parts["lokr_t2"])))
@@ -359,10 +369,11 @@ class Reader:
 
     def _tokens(self, module: str, rows: LazyTensor) -> list[LazyUpdate]:
         indices = self.settings.indices(module)
-        if len(indices) != rows.shape[0] or len(set(indices)) != len(indices):
+        number = rows.shape[0] if len(rows.shape) == 2 else -1
+        if len(indices) != number or len(set(indices)) != len(indices):
             self._complain(
                 rows.name, "the config does not say which rows these are, each once",
-                f"{rows.shape[0]} indices", f"{len(indices)}",
+                "a table with as many rows", f"{rows.shape}, {len(indices)} indices",
             )  # fmt: skip
             return []
         load = _loader(lambda: Rows(indices, rows))
@@ -370,6 +381,23 @@ class Reader:
         return [replace(update, rows=indices)]
 
     # What they share
+
+    def _fit(self, module: str, parts: Parts, family: str) -> bool:
+        """Whether the tensors of both matrices go together; complains of those that do not."""
+        sizes = []
+        for which in ("w1", "w2"):
+            size = _matrix_size(parts, family, which)
+            if size is None:
+                shapes = [f"{t.shape}" for key, t in parts.items() if which in key or "_t" in key]
+                message = f"the tensors of {family}_{which} do not go together"
+                self._complain(module, message, "matrices", ", ".join(shapes))
+                return False
+            sizes.append(size)
+        if family == "hada" and sizes[0] != sizes[1]:
+            message = "its two matrices have different shapes"
+            self._complain(module, message, f"{sizes[0]}", f"{sizes[1]}")
+            return False
+        return True
 
     def _has_all(self, module: str, parts: Parts, names: tuple[str, ...] | list[str]) -> bool:
         missing = [name for name in names if name not in parts]
@@ -438,6 +466,22 @@ def _expert_loader(a: LazyTensor, b: LazyTensor, number: int, scale: float) -> C
         return Experts(first.reshape(number, rank, -1), by_expert, scale)
 
     return load
+
+
+def _matrix_size(parts: Parts, family: str, which: str) -> tuple[int, int] | None:
+    """The rows and columns, kernel included, of a matrix by headers; None if there is none."""
+    if (whole := parts.get(f"{family}_{which}")) is not None:
+        flat, shape = (family, which) == ("lokr", "w1"), whole.shape
+        fits = len(shape) == 2 if flat else len(shape) > 1
+        return (shape[0], math.prod(shape[1:])) if fits else None
+    left, right = (parts[f"{family}_{which}_{side}"].shape for side in "ab")
+    core = parts.get(f"{family}_t{which[1]}")
+    if len(left) != 2 or len(right) < 2:
+        return None
+    if core is None:
+        return (left[0], math.prod(right[1:])) if left[1] == right[0] else None
+    fits = len(right) == 2 < len(core.shape) and core.shape[:2] == (left[0], right[0])
+    return (left[1], right[1] * math.prod(core.shape[2:])) if fits else None
 
 
 def _kernel(core: LazyTensor) -> tuple[int, ...]:
