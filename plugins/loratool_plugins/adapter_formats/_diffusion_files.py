@@ -80,15 +80,22 @@ class Content:
         return found
 
 
+_STYLES_OF_LANGUAGE_MODELS = ("loralib", "mlx", "torchtune")
+
+
 def objection(path: Path, family: Family) -> str:
     """Why a path holds no adapter of a family, in a few words; "" if it does."""
     file = _weight_file(path)
     if isinstance(file, str):
         return file
     try:
-        found = _families(_keys.names_in(file))
+        names = _keys.names_in(file)
     except InputError as error:
         return str(error).removeprefix(f"{file}: ")
+    found = _families(names)
+    styles = _keys.styles_of(names)
+    if found and any(style in styles for style in _STYLES_OF_LANGUAGE_MODELS):
+        return _keys.mixture(styles)
     if "diffusers" in found and len(found) > 1:
         keys = " and ".join(f"{key} ({name})" for name, key in found.items())
         return f"holds keys of two formats, {keys}: separate them"
