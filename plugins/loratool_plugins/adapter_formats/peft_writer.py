@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
@@ -36,7 +37,7 @@ from loratool_plugins.adapter_formats.peft_layout import (
     pattern,
     plan_layout,
 )
-from loratool_plugins.adapter_formats.peft_reader import PREFIX, usual_order
+from loratool_plugins.adapter_formats.peft_reader import usual_order
 
 if TYPE_CHECKING:
     import torch
