@@ -48,6 +48,7 @@ class Binding:
         dropped: base tensors that the fine-tuned model does not have.
         alignment: how the adapter's names stand for the base's.
         problems: everything that does not fit.
+        transposed: the adapter's names -> whether the base stores the weight as (in, out).
     """
 
     changed: Mapping[str, BoundUpdate] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Binding:
     dropped: tuple[str, ...] = ()
     alignment: Alignment = field(default_factory=lambda: Alignment({}))
     problems: tuple[Problem, ...] = ()
+    transposed: Mapping[str, bool] = field(default_factory=dict)
 
 
 def bind(adapter: Adapter, base: Checkpoint) -> Binding:
@@ -77,7 +79,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
     copies = _tied_copies(changed, base, targets.skeleton)
     changed |= {name: bound for name, bound in copies.items() if name not in dropped}
     problems.extend(binder.problems)
-    return Binding(changed, binder.added, dropped, alignment, tuple(problems))
+    return Binding(changed, binder.added, dropped, alignment, tuple(problems), binder.transposed)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class _Binder:
         shares: tensor -> updates of its parts.
         added: tensors that the base lacks.
         problems: what does not fit.
+        transposed: updates -> whether they have to be transposed for the base.
     """
 
     adapter: Adapter
@@ -103,6 +106,7 @@ class _Binder:
     shares: dict[str, list[Share]] = field(default_factory=dict)
     added: dict[str, BoundUpdate] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    transposed: dict[str, bool] = field(default_factory=dict)
 
     def add(self, name: str, shares: Sequence[Share]) -> None:
         """Bind what an adapter does to one parameter."""
@@ -128,6 +132,7 @@ class _Binder:
         pieces = self.targets.where(target)
         place = pieces[0].tensor
         transposed = _is_transposed(update, target, shape, self.targets.skeleton)
+        self.transposed[update.name] = transposed
         if not share.is_plain:
             shape = _of_place(share, shape)  # the rows that are its
         elif update.kind == "replacement":

@@ -99,6 +99,13 @@ def grouped(problems: Iterable[Problem]) -> list[str]:
     return [f"{some(tensors)}: {message}" for message, tensors in names.items()]
 
 
+def raise_grouped(heading: str, problems: Iterable[Problem]) -> None:
+    """As `raise_problems`, with complaints of several tensors told once."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise MismatchError("\n".join([heading, *(f"  {text}" for text in grouped(errors))]))
+
+
 def some(names: Sequence[str]) -> str:
     """The first name, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -64,6 +64,11 @@ def matrix_shape(shape: Sequence[int], experts: bool = False) -> tuple[int, int]
     return rows, math.prod(shape) // max(1, rows)
 
 
+def swapped(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape with its last two dimensions the other way round."""
+    return (*shape[:-2], *shape[:-3:-1])
+
+
 def elements_a_rank(kind: Kind, shape: Sequence[int]) -> int:
     """How many elements the factors of a weight of `shape` have for each rank."""
     if kind == "experts":

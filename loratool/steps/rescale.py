@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loratool.adapter import Adapter, Provenance
 from loratool.digests import combine_digests
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError, MismatchError, UsageError, grouped, raise_problems
+from loratool.errors import InputError, UsageError, raise_grouped, raise_problems
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option
@@ -153,9 +153,7 @@ class Rescale:
         raise_problems(heading, adapter.problems)
         request = self._request(adapter)
         updates = sort(adapter, request)
-        if updates.problems:
-            lines = (f"  {text}" for text in grouped(updates.problems))
-            raise MismatchError("\n".join([heading, *lines]))
+        raise_grouped(heading, updates.problems)
         if updates.is_empty and not request.is_identity:
             raise InputError(
                 f"{adapter.label}: has no low-rank updates or other deltas: nothing can be rescaled"
