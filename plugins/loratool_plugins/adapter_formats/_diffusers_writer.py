@@ -38,16 +38,13 @@ def refusals(adapter: Adapter) -> Iterator[Problem]:
         module, _, leaf = name.rpartition(".")
         found = canonical_module(module)
         if found is None:
-            message = "its name says no component of a pipeline: give the base with --base"
+            message = "is no name of a pipeline's; if it is of one, give the base with --base"
             yield Problem("error", name, message)
             continue
         if leaf not in ("weight", "bias"):
             yield Problem("error", name, "diffusers knows weights and biases of modules only")
         elif update.embedding or is_table(module):
             yield Problem("error", name, "diffusers loads no updates of embeddings' tables")
-        elif update.axis:
-            message = "has a magnitude for each column; PEFT's DoRA has one for each row"
-            yield Problem("error", name, message)
         by_component.setdefault(found.partition(".")[0], {})[name] = update
     for updates in by_component.values():
         yield from peft_writer.refusals(replace(adapter, updates=updates))

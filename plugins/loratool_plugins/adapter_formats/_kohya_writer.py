@@ -60,7 +60,7 @@ def names_of(adapter: Adapter) -> Names:
         return _by_layout(adapter, heights)
     found = {module: canonical_module(module) for module in heights}
     problems = [
-        Problem("error", module, "its name says no part of a diffusion model: give --base")
+        Problem("error", module, "is no name of a diffusion model's; if it is of one, give --base")
         for module, name in found.items()
         if name is None
     ]
