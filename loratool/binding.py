@@ -14,11 +14,13 @@ from typing import Literal
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.alignment import Alignment, align
 from loratool.checkpoint import Checkpoint
+from loratool.diffusion.adapter_keys import has_component
 from loratool.dtypes import is_float
 from loratool.errors import MismatchError, Problem
 from loratool.naming_schemes import in_the_bases_names
 from loratool.parts import Share, complaint, composed, joined
 from loratool.pieces import Piece
+from loratool.reports import listed
 from loratool.skeleton import Skeleton
 from loratool.targets import Targets, targets_of
 
@@ -353,6 +355,10 @@ def _missing(name: str, alignment: Alignment, targets: Targets) -> Problem:
     if twin := targets.skeleton.tied.get(expected):
         message = f"is tied to {twin} in the base: an update of one would change both"
         return Problem("error", name, message)
+    components = {other.partition(".")[0] for other in targets.canonical}
+    if components and has_component(name) and name.partition(".")[0] not in components:
+        message = f"the base has no such component, but {listed(sorted(components), 4)}"
+        return Problem("error", name, f"{message}: give the whole model's folder or file")
     ending = "." + ".".join(name.split(".")[-2:])
     close = next((other for other in targets.shapes if f".{other}".endswith(ending)), None)
     hint = f"; the base has {close}" if close else ""

@@ -66,7 +66,9 @@ class Cures:
             target = self._named(server.name if number == len(steps) else f"{server.name}-{end}")
             match verb:
                 case "convert":
-                    command = self._convert(path, cures - {"drop"}, None if late else to)
+                    command = self._convert(
+                        path, cures - {"drop"} if late else cures, None if late else to
+                    )
                 case "rescale":
                     command = self._rescale(path, cures)
                 case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,9 +11,12 @@ from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.cures import Cures
+from loratool.errors import MismatchError
 from loratool.reports import counted, listed
+from loratool.respelling import named_for
 from loratool.servers import SERVERS, Conduct, Limit, Server
 from loratool.traits import FACTORS, PLACES, TRAITS, Cure, Subject
+from loratool.updates import FACTORABLE, KIND_NAMES
 
 _WORDS: dict[Conduct, str] = {
     "refuses": "refuses it",
@@ -103,7 +106,8 @@ class Readiness:
         for finding in self.findings:
             yield f"  {finding.severity}: {finding.message}"
             yield f"    cure: {finding.cure}" + (f" ({finding.note})" if finding.note else "")
-        if len(self.commands) > 1:
+        kinds = {finding.kind for finding in self.findings if finding.severity == "error"}
+        if self.commands and (len(kinds) > 1 or len(self.commands) > 1):
             yield f"  all of it: {' && '.join(self.commands)}"
         yield f"  {'ready' if self.is_ready else 'not ready'} for {server.name}"
 
@@ -118,11 +122,9 @@ def readiness(adapter: Adapter, name: str, base: Checkpoint | None = None) -> Re
     """
     subject = Subject(adapter, SERVERS[name], base)
     cures = Cures(subject)
-    found = [
-        *_limit_findings(subject, cures),
-        *_rank_findings(subject, cures),
-        *_place_findings(subject, cures),
-    ]
+    found = [*_limit_findings(subject, cures), *_rank_findings(subject, cures)]
+    told = {n for finding in found if finding.severity == "error" for n in finding.names}
+    found += _place_findings(subject, cures, told)
     found.sort(key=lambda finding: finding.severity)  # "error" comes before "warning"
     kinds = {finding.kind for finding in found}
     return Readiness(subject.server, tuple(found), cures.all(kinds))
@@ -209,20 +211,45 @@ def _span(values: Iterable[int]) -> str:
     return ", ".join(map(str, found)) if len(found) < 4 else f"{found[0]} to {found[-1]}"
 
 
-def _place_findings(subject: Subject, cures: Cures) -> Iterator[Finding]:
-    """What the server's format has no place for in this base, if another one is needed."""
-    server, base = subject.server, subject.base
-    adapter = subject.adapter
+def _place_findings(subject: Subject, cures: Cures, told: Collection[str]) -> Iterator[Finding]:
+    """What the server's format has no place for, where the adapter is in another one.
+
+    Args:
+        subject: what is looked at.
+        cures: for it.
+        told: names that something is wrong with already.
+    """
+    server, adapter, base = subject.server, subject.adapter, subject.base
     known = server.write_as in plugins.names("adapter_formats")
-    if adapter.format in server.formats or base is None or not known:
+    if adapter.format in server.formats or not known:
         return
     writer: plugins.AdapterFormat = plugins.create("adapter_formats", server.write_as)
-    names: dict[str, list[str]] = {}
-    for problem in writer.refusals(replace(adapter, base_config=base.config)):
-        update = adapter.get(problem.tensor)
-        if problem.severity == "error" and update is not None and update.kind in writer.carries:
-            names.setdefault(problem.message, []).append(problem.tensor)
-    for message, tensors in names.items():
-        what = f"{counted(len(tensors), 'update')} ({listed(tensors, 2)})"
-        cure, note = cures.one("drop"), cures.note("drop")
-        yield Finding("place", "refuses", f"{what}: {message}", tuple(tensors), cure, "drop", note)
+    homeless: dict[tuple[str, Cure], list[str]] = {}
+    for name, update in adapter.items():
+        if name not in told and update.kind not in writer.carries:
+            convertible = update.kind in FACTORABLE and len(update.shape) > 1
+            cure: Cure = "to_lora" if convertible else "lora_only"
+            message = f"loratool's {server.write_as} files have no {KIND_NAMES[update.kind]}"
+            homeless.setdefault((message, cure), []).append(name)
+    for name, message in () if base is None else _refused(adapter, base, writer):
+        homeless.setdefault((message, "drop"), []).append(name)
+    for (message, cure), names in homeless.items():
+        what = f"{counted(len(names), 'update')} ({listed(names, 2)})"
+        yield Finding(
+            "place", "refuses", f"{what}: {message}", tuple(names), cures.one(cure), cure,
+            cures.note(cure),
+        )  # fmt: skip
+
+
+def _refused(
+    adapter: Adapter, base: Checkpoint, writer: plugins.AdapterFormat
+) -> Iterator[tuple[str, str]]:
+    """What a format cannot write of updates that it carries, in this base: name and reason."""
+    try:
+        named = named_for(adapter, base, *plugins.spelling_of(writer))
+    except MismatchError:
+        return  # it does not fit the base, which is told anyway
+    for problem in writer.refusals(replace(named, base_config=base.config)):
+        found = named.get(problem.tensor)
+        if problem.severity == "error" and found is not None and found.kind in writer.carries:
+            yield problem.tensor, problem.message

@@ -234,7 +234,7 @@ TRAITS: Mapping[str, Trait] = {
     "format": Trait("format {format}, not {servers}", "format", _format),
     "settings": Trait("adapter_config.json does not say {names}", "format", _settings),
     "target_pattern": Trait("{names}", "format", _target_pattern),
-    "method": Trait("{} that are not LoRA", "to_lora", _method),
+    "method": Trait("{} by another method than LoRA", "to_lora", _method),
     "dora": Trait("{} of DoRA", "to_lora", _names_of("dora")),
     "bias": Trait("{} of biases beside factors", "lora_only", _bias),
     "whole": Trait("{tensors} kept whole", "lora_only", _whole),

@@ -447,11 +447,11 @@ def test_lora_only_keeps_factors_as_they_are_and_says_what_it_leaves_out() -> No
     assert result.task_type is None  # PEFT would look for the head
     (note,) = result.notes
     assert note.startswith("left out: ") and note.endswith(": what they change is lost")
-    for kind in ("1 LoHa update", "1 table with replaced rows", "1 tensor replaced whole"):
+    for kind in ("1 LoHa update", "1 table with replaced rows", "1 tensor kept whole"):
         assert kind in note
     both = Convert(lora_only=True, to_lora=True).run(adapter)
     assert list(both) == ["low.weight", "loha.weight", "lokr.weight", "dense.weight"]
-    assert not any("kept whole" in note for note in both.notes)
+    assert not any("set, not changed" in note for note in both.notes)
 
 
 def test_lora_only_without_anything_to_leave_out_changes_nothing() -> None:

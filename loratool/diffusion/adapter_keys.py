@@ -86,9 +86,14 @@ def _key(module: str, side: Side) -> AdapterKey:
     return AdapterKey(canonical_name(name), side, name.partition(".")[2])
 
 
+def has_component(name: str) -> bool:
+    """Whether a name begins with a component's."""
+    return _COMPONENTS.match(name) is not None
+
+
 def with_component(name: str) -> str | None:
     """A name that says which component it is in, as far as it does or its beginning tells."""
-    if _COMPONENTS.match(name):
+    if has_component(name):
         return name
     found = (component for component, inside in _INSIDE if re.match(inside, name))
     component = next(found, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,6 +36,10 @@ from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 if TYPE_CHECKING:
     from loratool.converting import Converter
 
+# The last part of a convolution's name; in UNets of single files it does not say so.
+_CONVOLUTION = re.compile(
+    r"conv|(in_layers_2|out_layers_3|_0_op|skip_connection|input_blocks_0_0|_out_2)$"
+)
 # Without --rank and --energy: exact up to the largest rank that servers commonly take, and beyond
 # it the smallest rank up to the same for this share of ||delta||^2.
 _USUAL_RANK = 64
@@ -379,9 +384,9 @@ def _require_base(
 
 
 def _may_be_convolution(update: LazyUpdate) -> bool:
-    """Whether a matrix is for a module that is called a convolution."""
+    """Whether a matrix is for a module that is called as convolutions are."""
     module = update.name.removesuffix(".weight").lower()
-    return len(update.shape) == 2 and "conv" in module.rpartition(".")[2]
+    return len(update.shape) == 2 and _CONVOLUTION.search(module.rpartition(".")[2]) is not None
 
 
 def _grouped_convolutions(changed: Iterable[str], below: Mapping[str, Underneath]) -> list[Problem]:

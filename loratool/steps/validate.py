@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from loratool.finite import non_finite
 from loratool.plugins import Operand, option
 from loratool.reports import Report, counted
 from loratool.servers import SERVERS
+from loratool.updates import counted_kind
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Validate:
         title = f"{adapter.label} {verdict} in itself; no base was looked at"
         lines = tuple(f"error: {problem}" for problem in errors)
         warned = (f"{problem}" for problem in problems if problem.severity == "warning")
-        report = Report(title, data, lines, notes=tuple(warned), status=int(bool(errors)))
+        notes = (*adapter.notes, *warned)
+        report = Report(title, data, lines, notes=notes, status=int(bool(errors)))
         return self._with_servers(report, adapter, None)
 
     def _with_servers(self, report: Report, adapter: Adapter, base: Checkpoint | None) -> Report:
@@ -150,11 +153,13 @@ def _report(
 ) -> Report:
     errors = [problem for problem in problems if problem.severity == "error"]
     warnings = len(problems) - len(errors)
-    low_rank = sum(bound.update.kind == "low_rank" for bound in binding.changed.values())
-    counts = {
-        "low_rank": low_rank,
-        "replaced": len(binding.changed) - low_rank,
+    kinds = Counter(bound.update.kind for bound in binding.changed.values())
+    others = {kind: n for kind, n in kinds.items() if kind not in ("low_rank", "replacement")}
+    counts: dict[str, int] = {
+        "low_rank": kinds["low_rank"],
+        "replaced": kinds["replacement"],
         "added": len(binding.added),
+        **{str(kind): number for kind, number in others.items()},
     }
     verdict = "fits" if not errors else "does not fit"
     data: Mapping[str, Any] = {
@@ -167,9 +172,14 @@ def _report(
     }
     lines = [
         *(f"error: {problem}" for problem in errors),
-        f"{counted(low_rank, 'low-rank update')}, "
-        f"{counted(counts['replaced'], 'tensor')} replaced, "
-        f"{counts['added']} added",
+        ", ".join(
+            [
+                counted(kinds["low_rank"], "low-rank update"),
+                *(counted_kind(kind, number) for kind, number in others.items()),
+                f"{counted(kinds['replacement'], 'tensor')} replaced",
+                f"{counts['added']} added",
+            ]
+        ),
         f"{counted(len(errors), 'error')}, {counted(warnings, 'warning')}",
     ]
     title = f"{adapter.label} {verdict} {base.label}"

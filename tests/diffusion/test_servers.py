@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import loratool
+from tests.cli.tiny import done
+from tests.cli.tiny import loratool as command
 from tests.diffusion.pipelines import unet
 
 MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -32,8 +38,13 @@ def kohya() -> Tensors:
 
 
 def loaded(folder: Path, tensors: Tensors) -> Any:
-    """A UNet with an adapter, loaded as a pipeline loads it."""
+    """A UNet with an adapter of these tensors."""
     save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return load(folder)
+
+
+def load(folder: Path) -> Any:
+    """A UNet with an adapter, loaded as a pipeline loads it."""
     model = unet("sd1")
     pipeline = diffusers.StableDiffusionPipeline
     state, alphas, metadata = pipeline.lora_state_dict(folder, return_lora_metadata=True)
@@ -87,3 +98,49 @@ def test_ranks_of_their_own_are_taken(tmp_path: Path) -> None:
     found = loaded(tmp_path, {**factors(), **other})
     assert found.get_submodule(MODULE).scaling == {"default_0": 1.0}
     assert found.get_submodule(MODULE.replace("to_q", "to_k")).scaling == {"default_0": 1.0}
+
+
+CASES = {
+    "plain": peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv_in"]),
+    "patterns": peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q", "to_k"],
+        rank_pattern={"to_k": 2}, alpha_pattern={"to_q": 3},
+    ),
+    "LoHa": peft.LoHaConfig(r=2, alpha=3, target_modules=["to_q", "to_k"]),
+    "DoRA": peft.LoraConfig(r=4, use_dora=True, target_modules=["to_q"]),
+    "a norm": peft.LoraConfig(r=4, target_modules=["to_q"], modules_to_save=["conv_norm_out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_cured_is_what_peft_merges(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    classes = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    unet("sd1").save_pretrained("base/unet")
+    index = {"_class_name": "StableDiffusionPipeline", **classes}
+    Path("base/model_index.json").write_text(json.dumps(index))
+    model = peft.get_peft_model(unet("sd1"), CASES[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad and "modules_to_save" not in key:
+                noise = 0.1 * torch.randn(parameter.shape)
+                parameter.copy_(parameter + noise if "magnitude" in key else noise)
+    model.save_pretrained("adapter")
+    result = loratool.validate("adapter", servers=["diffusers"]).data["servers"]["diffusers"]
+    with_base = loratool.validate("adapter", "base/unet", servers=["diffusers"])
+    assert not result["ready"] and with_base.data["servers"]["diffusers"]["findings"] == [
+        {**f, "cure": f["cure"].replace("BASE", "base/unet"),
+         "note": f["note"].replace("BASE", "base/unet")}
+        for f in result["findings"]
+    ]  # fmt: skip
+    for line in result["commands"]:
+        done(command(*shlex.split(line.replace("BASE", "base"))[1:]))
+    assert loratool.validate("adapter-diffusers", "base", servers=["diffusers"]).ok
+    found = load(Path("adapter-diffusers"))
+    found.fuse_lora()
+    found.unload_lora()
+    wanted = model.merge_and_unload().state_dict()
+    for key, value in found.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6, msg=key)

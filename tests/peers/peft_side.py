@@ -45,6 +45,8 @@ def load_strictly(model: PreTrainedModel, adapter: Path, **options: Any) -> Any:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True but the target module")
         # PEFT looks for the patterns of parameters among modules, yet applies them.
         warnings.filterwarnings("ignore", r".*_pattern keys did not match any targeted module")
+        # It adds to the layer's outputs all the same; only PEFT's merge needs a bias.
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
         loaded = PeftModel.from_pretrained(model, adapter, **options)
     (result,) = results
     assert result.unexpected_keys == []

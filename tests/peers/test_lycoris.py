@@ -8,23 +8,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from lycoris import LycorisNetwork
+from safetensors.torch import load_file
 
 import loratool
-from loratool.opening import open_adapter
+from loratool.opening import open_adapter, open_checkpoint
+from tests.adapter_forms import assert_same_bits
 from tests.diffusion import pipelines
+from tests.diffusion.adapters import converted, merged, tensors
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 Tensors = dict[str, torch.Tensor]
 
 
+def unet() -> Any:
+    """A UNet of two resolutions with one attention each way."""
+    return pipelines.build(
+        diffusers.UNet2DConditionModel, block_out_channels=(4, 8), layers_per_block=1,
+        norm_num_groups=2, sample_size=8, cross_attention_dim=16, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny UNet in a folder of its own."""
+    """The UNet in a folder of its own."""
     folder = tmp_path_factory.mktemp("base") / "unet"
-    pipelines.unet("sd1").save_pretrained(folder)
+    unet().save_pretrained(folder)
     return folder
 
 
@@ -42,6 +56,7 @@ def presets() -> Iterator[None]:
 
 def network(model: Any, **settings: Any) -> Any:
     """lycoris's network over a model, trained at random."""
+    settings = dict(settings)
     LycorisNetwork.apply_preset(
         {
             "target_module": ["Linear", "Conv2d", *settings.pop("also", ())],
@@ -78,8 +93,11 @@ def output(model: Any) -> torch.Tensor:
 
 def merged_output(base: Path, adapter: Path, folder: Path) -> torch.Tensor:
     loratool.merge(base, [(adapter, 1.0)]).save(folder, executor="serial")
-    model = pipelines.unet("sd1")
-    return output(model.from_pretrained(folder).eval())
+    return output(unet().from_pretrained(folder).eval())
+
+
+def values(folder: Path) -> Tensors:
+    return {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
 
 
 LOCON = {"network_module": "locon", "lora_dim": 3, "conv_lora_dim": 2, "alpha": 2, "conv_alpha": 1}
@@ -110,19 +128,41 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }  # fmt: skip
 
 
+def load(model: Any, file: Path, settings: dict[str, Any]) -> None:
+    """Put a file's updates around a model, as lycoris reads it."""
+    if settings["network_module"] == "full":
+        reader = LycorisNetwork(model, **settings)
+        reader.load_weights(str(file))
+        reader.apply_to()
+        return
+    result = network(model, **settings).load_state_dict(load_file(file), strict=False)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if not key.endswith("scalar")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lycoris_saves_is_merged_as_it_computes(kind: str, base: Path, tmp_path: Path) -> None:
     settings, kinds = KINDS[kind]
-    model = pipelines.unet("sd1")
+    model = unet()
     plain = output(model)
     made = network(model, **settings)
     wanted = output(model)
+    change = float((wanted - plain).abs().max())
+    close = 1e-4 * max(1.0, change)
+    assert change > 1e-2
     file = tmp_path / "trained.safetensors"
     made.save_weights(file, None, {"ss_network_module": "lycoris.kohya"})
     adapter = open_adapter(file)
     assert not adapter.problems and not adapter.notes
     assert {update.kind for update in adapter.values()} == kinds
-    found = merged_output(base, file, tmp_path / "merged")
-    change = float((wanted - plain).abs().max())
-    assert change > 1e-2
-    assert float((found - wanted).abs().max()) < 1e-4 * max(1.0, change)
+    assert float((merged_output(base, file, tmp_path / "merged") - wanted).abs().max()) < close
+
+    written = converted(file, "lycoris", tmp_path / "written")
+    assert_same_bits(values(tmp_path / "merged"), merged(base, written, tmp_path / "again"))
+    assert open_adapter(written).settings["ss_network_module"] == "lycoris.kohya"
+    assert not any("lora_mid" in key for key in tensors(written))  # worked into lora_down
+    if settings["network_module"] == "locon":
+        settings = {**settings, "use_tucker": False, "use_scalar": False}
+    again = unet()
+    load(again, written / "lycoris.safetensors", settings)
+    assert float((output(again) - wanted).abs().max()) < close

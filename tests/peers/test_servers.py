@@ -205,7 +205,10 @@ def test_what_servers_do_not_take(folder_of: Make, name: str) -> None:
     adapter = folder_of(name) / "adapter"
     for server in SERVERS:
         beside = {"format"} if server in ("llama.cpp", "diffusers") else set()
-        assert broken(adapter, server) == CASES[name][2].get(server, set()) | beside, server
+        found = broken(adapter, server)
+        if server == "diffusers":  # its files have no place for more: tests/diffusion
+            found.discard("place")
+        assert found == CASES[name][2].get(server, set()) | beside, server
 
 
 def runs(line: str, base: Path) -> None:

@@ -18,8 +18,15 @@ KEY = "lora_adapter_metadata"
 Complain = Callable[[str, str, str, str], None]
 
 
-def settings_of(metadata: Mapping[str, str], file: Path) -> dict[str, Settings]:
+def settings_of(
+    metadata: Mapping[str, str], file: Path, method: str = "LORA"
+) -> dict[str, Settings]:
     """Component -> its settings; {} if the file has none.
+
+    Args:
+        metadata: of the safetensors header.
+        file: for messages.
+        method: PEFT's name of the method, where the settings do not say it.
 
     Raises:
         FormatError: they are no JSON object, or say what loratool cannot merge.
@@ -40,7 +47,7 @@ def settings_of(metadata: Mapping[str, str], file: Path) -> dict[str, Settings]:
             raise FormatError(f"{file}: {KEY}: {key!r} does not begin with a component's name")
         by_component.setdefault(component, {})[name] = value
     return {
-        component: check_settings(file, {"peft_type": "LORA", **values})
+        component: check_settings(file, {"peft_type": method, **values})
         for component, values in by_component.items()
     }
 

@@ -44,6 +44,7 @@ def read_adapter(path: Path, told: FormatOptions | None = None) -> Adapter:
         facts.pop(name, None)
     if (text := content.metadata.get(metadata.KEY)) is not None and not facts["settings"]:
         facts["settings"] = {metadata.KEY: text}
+    facts["rslora"] = any(found["use_rslora"] for found in settings.values())
     updates = _as_they_were(updates, content.ours.get("names"))
     rereading = None
     if reader.without_alpha:

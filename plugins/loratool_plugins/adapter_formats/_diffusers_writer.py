@@ -38,16 +38,13 @@ def refusals(adapter: Adapter) -> Iterator[Problem]:
         module, _, leaf = name.rpartition(".")
         found = canonical_module(module)
         if found is None:
-            message = "its name says no component of a pipeline: give the base with --base"
+            message = "is no name of a pipeline's; if it is of one, give the base with --base"
             yield Problem("error", name, message)
             continue
         if leaf not in ("weight", "bias"):
             yield Problem("error", name, "diffusers knows weights and biases of modules only")
         elif update.embedding or is_table(module):
             yield Problem("error", name, "diffusers loads no updates of embeddings' tables")
-        elif update.axis:
-            message = "has a magnitude for each column; PEFT's DoRA has one for each row"
-            yield Problem("error", name, message)
         by_component.setdefault(found.partition(".")[0], {})[name] = update
     for updates in by_component.values():
         yield from peft_writer.refusals(replace(adapter, updates=updates))
@@ -106,7 +103,8 @@ class Writer:
         self._add(f"{name}.lora_B.weight", added.b.reshape(-1, added.rank, *ones))
         if isinstance(found, DoRA):
             shape = (1, -1, *ones) if kernel else (-1,)
-            self._add(f"{name}.lora_magnitude_vector", found.magnitude.reshape(shape))
+            # Without ".weight", as diffusers itself writes it, a text encoder's is not loaded.
+            self._add(f"{name}.lora_magnitude_vector.weight", found.magnitude.reshape(shape))
         divisor = math.sqrt(added.rank) if self.adapter.rslora else float(added.rank)
         alpha = alpha_of(added.scale, divisor)
         if alpha / divisor != added.scale:
@@ -167,7 +165,7 @@ class Writer:
             "rank_pattern": pattern({m: r for m, r in ranks.items() if r != rank}, ranks),
             "alpha_pattern": pattern(other_alphas, ranks),
             "target_modules": sorted(ranks),
-            **({"use_dora": True} if any(key.endswith("_vector") for key in keys) else {}),
+            **({"use_dora": True} if any("_magnitude_" in key for key in keys) else {}),
             **({"lora_bias": True} if any(key.endswith("lora_B.bias") for key in keys) else {}),
             **({"use_rslora": True} if self.adapter.rslora else {}),
         }

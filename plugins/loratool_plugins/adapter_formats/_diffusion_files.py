@@ -27,6 +27,7 @@ _WANTED: Mapping[Family, str] = {
     "lycoris": "LyCORIS's (*.hada_*, *.lokr_*, *.diff, *.w_norm, *.on_input)",
     "diffusers": "COMPONENT.*.lora_A.weight and COMPONENT.*.lora_B.weight",
 }
+_OTHERS = ("loralib", "mlx", "torchtune")  # whose keys go with none of these
 _USUAL = "pytorch_lora_weights.safetensors"
 # Methods whose keys are known, to say what they are, and that loratool does not merge.
 REFUSED: Mapping[str, str] = {
@@ -86,14 +87,19 @@ def objection(path: Path, family: Family) -> str:
     if isinstance(file, str):
         return file
     try:
-        found = _families(_keys.names_in(file))
+        keys = _keys.names_in(file)
     except InputError as error:
         return str(error).removeprefix(f"{file}: ")
-    if "diffusers" in found and len(found) > 1:
-        keys = " and ".join(f"{key} ({name})" for name, key in found.items())
-        return f"holds keys of two formats, {keys}: separate them"
+    found = _families(keys)
     # LyCORIS has kohya's keys, too.
     own = "lycoris" if "lycoris" in found else next(iter(found), None)
+    if own is None:
+        return f"keys are not {_WANTED[family]}"
+    mixed = [(name, key) for name, key in _keys.styles_of(keys).items() if name in _OTHERS]
+    mixed += found.items() if "diffusers" in found else [(own, found[own])]
+    if len(mixed) > 1:
+        names = " and ".join(f"{key} ({name})" for name, key in mixed)
+        return f"holds keys of two formats, {names}: separate them"
     return "" if own == family else f"keys are not {_WANTED[family]}"
 
 
@@ -123,7 +129,7 @@ def _weight_file(path: Path) -> Path | str:
     if not is_dir(path):
         return "not there"
     if is_file(path / "adapter_config.json"):
-        return "adapter_config.json makes it PEFT's"
+        return "adapter_config.json is of another format"
     if is_file(path / _USUAL):
         return path / _USUAL
     found = [file for file in entries(path) if file.suffix in suffixes and is_file(file)]
@@ -142,6 +148,8 @@ def _families(keys: Iterable[str]) -> dict[Family, str]:
 
 
 def _family(key: str) -> Family | None:
+    if key.startswith("base_model.model."):
+        return None  # a file of PEFT's, without its directory
     if _LYCORIS.fullmatch(key):
         return "lycoris"
     if _DOWN_UP.fullmatch(key):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loratool.dtypes import dtype_name
 from loratool.updates import Dense, DoRA, LowRank
 from loratool_plugins.adapter_formats._scales import TORCH_TYPES, fold
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 Row = tuple[str, int, int]  # a module, its first row and the one after the last
 
 
+class Fold(NamedTuple):
+    """What was done to an update's values so that they could be written.
+
+    Attributes:
+        factor: what was worked into B, or into a full delta.
+        scale: the update's own.
+        dtype: the type that these values had.
+        other: the type that A had.
+    """
+
+    factor: float
+    scale: float
+    dtype: str
+    other: str
+
+
 @dataclass(frozen=True)
 class Fused:
     """What became of the parts.
@@ -27,14 +44,13 @@ class Fused:
     Attributes:
         update: of all rows; those of modules without an update are zero.
         columns: module -> the first of its columns of B, and the one after the last.
-        folds: module -> (factor, scale, dtype): what was worked into its values, and what its
-            scale and their type were before.
+        folds: module -> what was worked into its values, and how it was before.
         exact: whether this could be done without rounding.
     """
 
     update: LowRank | Dense | DoRA
     columns: Mapping[str, tuple[int, int]]
-    folds: Mapping[str, tuple[float, float, str]]
+    folds: Mapping[str, Fold]
     exact: bool = True
 
 
@@ -56,14 +72,15 @@ def fused(parts: Mapping[str, LowRank | Dense | DoRA], rows: Sequence[Row]) -> F
         return replace(found, update=DoRA(found.update, magnitude, first.axis))
     scales = (part.scale for part in parts.values() if not isinstance(part, DoRA) and part.scale)
     scale = next(scales, 1.0)
-    values, folds, exact = _with_one_scale(parts, scale)
+    values, exact = _with_one_scale(parts, scale)
     if isinstance(first, Dense):
+        whole = _assembled(values, rows)
         none = dict.fromkeys(parts, (0, 0))
-        return Fused(Dense(_assembled(values, rows), scale), none, folds, exact)
+        return Fused(Dense(whole, scale), none, _folds(parts, scale, whole, whole), exact)
     factors = {name: part.a for name, part in parts.items() if isinstance(part, LowRank)}
     a, columns = _joined(factors)
     b = _blocks(values, rows, columns, len(a))
-    return Fused(LowRank(a, b, scale), columns, folds, exact)
+    return Fused(LowRank(a, b, scale), columns, _folds(parts, scale, b, a), exact)
 
 
 def _added(part: LowRank | Dense | DoRA) -> LowRank:
@@ -72,23 +89,32 @@ def _added(part: LowRank | Dense | DoRA) -> LowRank:
     raise TypeError(f"{type(part).__name__} cannot be put together with DoRA of low rank")
 
 
-def _with_one_scale(
-    parts: Mapping[str, Any], scale: float
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float, str]], bool]:
-    """What is scaled of each part, so that one scale does for all."""
-    from loratool.dtypes import dtype_name
-
-    values, folds, exact = {}, {}, True
+def _with_one_scale(parts: Mapping[str, Any], scale: float) -> tuple[dict[str, torch.Tensor], bool]:
+    """What is scaled of each part, so that one scale does for all; and whether that is exact."""
+    values, exact = {}, True
     for name, part in parts.items():
-        own = part.values if isinstance(part, Dense) else part.b
-        if part.scale == scale:
-            values[name] = own
-            continue
-        found = fold(own, part.scale / scale, TORCH_TYPES)
+        found = fold(_values(part), part.scale / scale, TORCH_TYPES)
         values[name], exact = found.values, exact and found.exact
-        if part.scale:
-            folds[name] = (part.scale / scale, part.scale, dtype_name(own.dtype))
-    return values, folds, exact
+    return values, exact
+
+
+def _values(part: LowRank | Dense) -> torch.Tensor:
+    return part.values if isinstance(part, Dense) else part.b
+
+
+def _folds(
+    parts: Mapping[str, Any], scale: float, values: torch.Tensor, other: torch.Tensor
+) -> dict[str, Fold]:
+    """How the parts were that are not as they were."""
+    found = {}
+    for name, part in parts.items():
+        own = _values(part).dtype
+        a = part.a.dtype if isinstance(part, LowRank) else own
+        as_it_was = part.scale == scale and own == values.dtype and a == other.dtype
+        if part.scale and not as_it_was:
+            factor = part.scale / scale
+            found[name] = Fold(factor, part.scale, dtype_name(own), dtype_name(a))
+    return found
 
 
 def _joined(

@@ -13,12 +13,15 @@ from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
 from loratool.diffusion.adapter_keys import parse_key
 from loratool.diffusion.kohya import kohya_spelling
+from loratool.dtypes import is_float
 from loratool.errors import FormatError, Problem
 from loratool.parts import is_whole, rows_of
 from loratool.reports import counted
 from loratool.updates import Dense, DoRA, LoKr, LowRank, Product, Update
 from loratool_plugins.adapter_formats import _diffusion_files as files
 from loratool_plugins.adapter_formats import _ours
+from loratool_plugins.adapter_formats._diffusers_metadata import scale_of, settings_of
+from loratool_plugins.adapter_formats._fusing import Fold
 from loratool_plugins.adapter_formats._module_reader import (
     Module,
     ModuleReader,
@@ -26,6 +29,7 @@ from loratool_plugins.adapter_formats._module_reader import (
     alpha_scale,
 )
 from loratool_plugins.adapter_formats._scales import unfold
+from loratool_plugins.adapter_formats.peft_config import Settings
 
 # The ends of keys -> which part of a module's update the tensor is.
 _ENDS = {
@@ -107,6 +111,7 @@ class _Reader:
         problems: what does not fit.
         without_alpha: modules with factors and no alpha.
         is_canonical: whether names are diffusers' own.
+        settings: PEFT's of each component, where diffusers has written the file.
     """
 
     content: files.Content
@@ -114,6 +119,7 @@ class _Reader:
     problems: list[Problem] = field(default_factory=list)
     without_alpha: list[str] = field(default_factory=list)
     is_canonical: bool = False
+    settings: Mapping[str, Settings] = field(default_factory=dict)
 
     def updates(self) -> dict[str, LazyUpdate]:
         """Parameter -> update, in the file's order."""
@@ -127,10 +133,12 @@ class _Reader:
                 self._complain(key, f"is there twice: {keys[module][part].name} is the same")
             keys[module][part] = tensor
         names = self._names(keys)
+        if self.is_canonical:  # diffusers has LyCORIS's updates, too, with PEFT's settings
+            self.settings = settings_of(self.content.metadata, self.content.file, "LOKR")
         reader = ModuleReader(self.problems)
         updates: dict[str, LazyUpdate] = {}
         for key, parts in keys.items():
-            tensors = Module(names[key], key, parts, self._scales(key, parts))
+            tensors = Module(names[key], key, parts, self._scales(key, names[key], parts))
             for update in reader.updates(tensors):
                 if update.name in updates:
                     self._complain(key, f"{update.name} has a second update")
@@ -149,7 +157,11 @@ class _Reader:
                 self._complain(key, f"is named as diffusers does, and {spelled[0]} is not")
         return {key: kohya_spelling(key) for key in keys}
 
-    def _scales(self, key: str, parts: Mapping[str, LazyTensor]) -> Any:
+    def _scales(self, key: str, name: str, parts: Mapping[str, LazyTensor]) -> Any:
+        component, _, own = name.partition(".")
+        if (settings := self.settings.get(component)) is not None:
+            value = scale_of(settings, name, own, self._complain)
+            return lambda rank: lambda: value
         alpha = parts.get("alpha")
         if alpha is not None and alpha.numel != 1:
             self._complain(alpha.name, "is no number", "one value", f"{alpha.shape}")
@@ -270,7 +282,9 @@ def _own_part(update: LazyUpdate, rows: list[slice], columns: Any, fold: Any) ->
     first, last = (int(column) for column in columns or (0, rank))
     if rank and not 0 <= first < last <= rank:
         raise ValueError(f"{update.name}: columns {columns}")
-    before = None if fold is None else (float(fold[0]), float(fold[1]), str(fold[2]))
+    before = None if fold is None else Fold(*fold)
+    if before is not None and not (before.factor and is_float(before.dtype)):
+        raise ValueError(f"{update.name}: {fold}")
 
     def load() -> Update | None:
         found = update.load()
@@ -284,20 +298,22 @@ def _own_part(update: LazyUpdate, rows: list[slice], columns: Any, fold: Any) ->
     return replace(update, shape=shape, load=load, rank=rank or None, stored=())
 
 
-def _own(found: Update, columns: slice, fold: tuple[float, float, str] | None) -> Update:
+def _own(found: Update, columns: slice, fold: Fold | None) -> Update:
     """Some columns of a low-rank update, and values as they were before a scale was worked in."""
     match found:
         case LowRank():
             a, b = found.a[columns], found.b[:, columns]
             if fold is None:
                 return LowRank(a, b, found.scale)
-            return LowRank(a, unfold(b, fold[0], fold[2]), fold[1])
+            a = unfold(a, 1.0, fold.other)
+            return LowRank(a, unfold(b, fold.factor, fold.dtype), fold.scale)
         case DoRA():
             added = _own(found.added, columns, fold)
             assert isinstance(added, LowRank)
             return replace(found, added=added)
         case Dense() if fold is not None:
-            return Dense(unfold(found.values, fold[0], fold[2]), fold[1])
+            return Dense(unfold(found.values, fold.factor, fold.dtype), fold.scale)
         case LoKr() if fold is not None:
-            return LoKr(Product(unfold(found.one.left, fold[0], fold[2])), found.other, fold[1])
+            one = Product(unfold(found.one.left, fold.factor, fold.dtype))
+            return LoKr(one, found.other, fold.scale)
     return found

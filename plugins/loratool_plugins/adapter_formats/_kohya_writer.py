@@ -18,7 +18,7 @@ from loratool.errors import Problem
 from loratool.updates import IA3, KIND_NAMES, Dense, DoRA, LoHa, LoKr, LowRank, Update, tensors_of
 from loratool.writer import Spool, write_safetensors
 from loratool_plugins.adapter_formats import _ours
-from loratool_plugins.adapter_formats._fusing import Row, fused
+from loratool_plugins.adapter_formats._fusing import Fold, Row, fused
 from loratool_plugins.adapter_formats._kohya_reader import KEPT
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats._scales import TORCH_TYPES, alpha_of, fold, require_finite
@@ -60,7 +60,7 @@ def names_of(adapter: Adapter) -> Names:
         return _by_layout(adapter, heights)
     found = {module: canonical_module(module) for module in heights}
     problems = [
-        Problem("error", module, "its name says no part of a diffusion model: give --base")
+        Problem("error", module, "is no name of a diffusion model's; if it is of one, give --base")
         for module, name in found.items()
         if name is None
     ]
@@ -163,7 +163,7 @@ class Writer:
     spool: Spool
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     parts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    folds: dict[str, tuple[float, float, str]] = field(default_factory=dict)
+    folds: dict[str, Fold] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
     @cached_property
@@ -300,7 +300,8 @@ class Writer:
         """Values with a scale worked in that their form has no place for."""
         found = fold(values, scale, TORCH_TYPES)
         if scale not in (0, 1):
-            self.folds[own] = (scale, scale, dtype_name(values.dtype))
+            kind = dtype_name(values.dtype)
+            self.folds[own] = Fold(scale, scale, kind, kind)
         if not found.exact:
             self.rounded.append(own)
         return found.values

@@ -27,13 +27,18 @@ from loratool.updates import (
     Rows,
     Update,
 )
+from loratool_plugins.adapter_formats._peft_dialects import (
+    PREFIX,
+    Order,
+    by_expert,
+    expert_order,
+)
 from loratool_plugins.adapter_formats._products import product
+from loratool_plugins.adapter_formats.loralib_layout import placed
 from loratool_plugins.adapter_formats.peft_config import Settings
 
 if TYPE_CHECKING:
     import torch
-
-PREFIX = "base_model.model."
 
 # What PEFT's layers are made of: (key after the module's name, part).
 _PART = re.compile(
@@ -41,8 +46,6 @@ _PART = re.compile(
     r"|lora_embedding_[AB]|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|ia3_l"
     r"|(token_adapter\.)?trainable_tokens_delta)"
 )
-# With bias="all" PEFT saves the biases of modules_to_save again, under the names of its wrapper.
-_WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(base_layer|original_module)\..+")
 
 # Method -> how its keys begin.
@@ -73,6 +76,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
         self.replaced: dict[str, LazyTensor] = {}  # parameter -> its new value
 
     def updates(self) -> dict[str, LazyUpdate]:
@@ -83,8 +87,6 @@ class Reader:
             name = key.removeprefix(PREFIX)
             if name == key:
                 self._complain(key, f"unexpected key: PEFT's keys start with {PREFIX!r}")
-            elif (plain := _WRAPPED.sub("", key)) != key and plain in self.tensors:
-                continue
             elif match := _PART.fullmatch(name):
                 part = match["part"].removeprefix("token_adapter.")
                 if part.partition("_")[0] in _KEYS_OF[self.settings.method]:
@@ -170,6 +172,8 @@ class Reader:
         if not self._has_all(module, parts, keys):
             return []
         a, b = (parts[key] for key in keys)
+        if (slots := self.settings["enable_lora"]) and not embedding:
+            return self._merged(module, a, b, slots)
         if len(a.shape) != len(b.shape) or len(a.shape) not in ((2,) if embedding else _DIMENSIONS):
             self._complain(module, "lora_A and lora_B are no factors", "", f"{a.shape}, {b.shape}")
             return []
@@ -209,6 +213,31 @@ class Reader:
         elif embedding:
             update = replace(update, transposed=False, embedding=True)
         return [update, *self._lora_bias(module, parts.get("lora_B.bias"), shape[0], scale)]
+
+    def _merged(self, module: str, a: LazyTensor, b: LazyTensor, slots: object) -> list[LazyUpdate]:
+        """An old MergedLinear: one product for each enabled part of a fused weight."""
+        if not isinstance(slots, list) or not any(slots):
+            self._complain(module, "enable_lora is no list that enables a part", "", f"{slots}")
+            return []
+        places = [number for number, enabled in enumerate(slots) if enabled]
+        rank, groups = b.shape[1], len(places)
+        height, rest = divmod(b.shape[0], groups)
+        if rest or a.shape[0] != groups * rank or rank != self.settings.rank(module):
+            message = "its factors are not those of the parts that enable_lora names"
+            expected = f"lora_A of {groups} * {self.settings.rank(module)} rows"
+            self._complain(module, message, expected, f"{a.shape}, {b.shape}")
+            return []
+        scale = self.settings.scale(module, self._complain)
+        rows = height * len(slots)
+
+        def load() -> LowRank:
+            whole = placed(b.read().reshape(-1, rank), places, rows)
+            return LowRank(a.read().reshape(groups * rank, -1), whole, scale)
+
+        shape = (rows, a.shape[1])
+        update = self._update(f"{module}.weight", "low_rank", shape, a, load, [a, b], groups * rank)
+        known = True if self.settings["fan_in_fan_out"] else None
+        return [replace(update, transposed=known)]
 
     def _check_rank(self, module: str, a: LazyTensor, b: LazyTensor, rank: int) -> bool:
         wanted = self.settings.rank(module)
@@ -273,9 +302,21 @@ class Reader:
             factors = _factor_loader(a, b, scale)
             return [self._update(name, "low_rank", shape, a, factors, [a, b], rank)]
         shape = (number, b.shape[0], a.shape[1])
-        load = _expert_loader(a, b, number, scale)
+        load = _expert_loader(a, b, number, scale, self._expert_order())
         update = self._update(name, "experts", shape, a, load, [a, b], rank)
         return [replace(update, transposed=self._experts_transposed())]
+
+    def _expert_order(self) -> Order:
+        """Whether lora_B's columns are in unsloth's former order."""
+        found = expert_order(self.settings.values)
+        if found.fault:
+            self._complain(str(self.settings.path), found.fault)
+        if not found.told and found.order != "rank_major" and not self.notes:
+            self.notes.append(
+                f"{self.settings.path}: unsloth wrote it and says no lora_B_layout: each expert's "
+                "columns of lora_B are taken to lie side by side, as it wrote them then"
+            )
+        return found.order
 
     def _experts_transposed(self) -> bool | None:
         """What PEFT took the middle dimension of an expert weight for: up to 0.18, the inputs."""
@@ -456,14 +497,16 @@ def _dora_loader(
     return lambda: DoRA(load(), magnitude.read().reshape(-1), axis)
 
 
-def _expert_loader(a: LazyTensor, b: LazyTensor, number: int, scale: float) -> Callable[[], Update]:
-    """A is stored expert by expert, B with the expert changing fastest."""
+def _expert_loader(
+    a: LazyTensor, b: LazyTensor, number: int, scale: float, order: Order
+) -> Callable[[], Update]:
+    """A is stored expert by expert, B with the expert changing fastest, if PEFT wrote it."""
 
     def load() -> Update:
         first, second = a.read(), b.read()
         rank = first.shape[0] // number
-        by_expert = second.reshape(second.shape[0], rank, number).permute(2, 0, 1)
-        return Experts(first.reshape(number, rank, -1), by_expert, scale)
+        columns = by_expert(second, number, order)
+        return Experts(first.reshape(number, rank, -1), columns, scale)
 
     return load
 

@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
@@ -36,7 +37,7 @@ from loratool_plugins.adapter_formats.peft_layout import (
     pattern,
     plan_layout,
 )
-from loratool_plugins.adapter_formats.peft_reader import PREFIX, usual_order
+from loratool_plugins.adapter_formats.peft_reader import usual_order
 
 if TYPE_CHECKING:
     import torch
@@ -253,6 +254,11 @@ def refusals(adapter: Adapter) -> list[Problem]:
         for update in adapter.values()
         if update.kind not in own and update.kind not in _BESIDE_ANY
     ]
+    if method == "IA3" and adapter.settings.get("peft_type") != "IA3":
+        message = (
+            "PEFT's IA3 scales biases of outputs, too, and this does not; convert with --to-lora"
+        )
+        found += [_refusal(update, message) for update in adapter.values() if update.kind == "ia3"]
     if method == "LOKR" and adapter.settings.get("peft_type") != "LOKR":
         message = (
             "how PEFT's LoKr splits dimensions into factors is one setting for all, which this "
@@ -278,6 +284,12 @@ def _lora_refusals(adapter: Adapter) -> list[Problem]:
         elif update.kind == "dense" and f"{name.removesuffix('.bias')}.weight" not in adapter:
             message = "PEFT adds to biases only of modules with factors; leave it out (--drop)"
             found.append(_refusal(update, message))
+        elif update.kind == "dora" and update.rank is None:
+            message = "is DoRA of an update that is not low-rank; convert with --to-lora"
+            found.append(_refusal(update, message))
+        elif update.kind == "dora" and update.axis and not update.embedding:
+            message = "has a magnitude for each column, PEFT's DoRA one for each row; convert with "
+            found.append(_refusal(update, f"{message}--to-lora"))
         elif update.kind == "low_rank" and dora:
             message = (
                 f"is plain LoRA, {dora[0].name} is DoRA: PEFT has one setting for all; convert "
