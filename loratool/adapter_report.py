@@ -17,6 +17,7 @@ from loratool.errors import Problem
 from loratool.files import file_size, is_file
 from loratool.json_files import MANIFEST, read_json
 from loratool.measures import whole_tensor
+from loratool.readiness import ready_servers
 from loratool.reports import Report, counted, format_bytes, format_share, listed
 from loratool.update_measures import MeasuredUpdate, measure_update
 from loratool.update_report import effective_ranks, update_facts, update_table, whole_facts
@@ -61,6 +62,7 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         "model_files": sorted(adapter.model_files),
         "settings": dict(adapter.settings),
         "problems": [problem.as_json() for problem in problems],
+        "ready_for": [] if problems else ready_servers(adapter),
         **_manifest_facts(adapter),
     }
     order = sorted(updates, key=lambda name: -(updates[name]["norm"] or 0.0))
@@ -205,6 +207,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield from _manifest_lines(data["manifest"])
     if data["model_files"]:
         yield f"model files: {listed(data['model_files'], 6)}"
+    if data["ready_for"]:
+        yield f"ready for: {', '.join(data['ready_for'])}"
 
 
 def _update_lines(data: Mapping[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.updates import (
+    DoRA,
     Experts,
     LowRank,
     Replacement,
@@ -59,7 +60,8 @@ def adapter_of(found: Mapping[str, Given], **fields: Any) -> Adapter:
             dtype = update.tensor.dtype
         else:
             dtype = dtype_name(tensors_of(update)[0][1].dtype)
-        rank = update.rank if isinstance(update, LowRank | Experts) else None
+        added = update.added if isinstance(update, DoRA) else update
+        rank = added.rank if isinstance(added, LowRank | Experts) else None
         indices = update.indices if isinstance(update, Rows) else ()
         return LazyUpdate(name, update.kind, shape, dtype, lambda: update, rank=rank, rows=indices)
 

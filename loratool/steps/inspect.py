@@ -21,8 +21,9 @@ class Inspect:
 
     An adapter: its base, kinds of updates, ranks, alpha and scale, parameters, norms, and how the
     energy of low-rank updates is spread over the singular values (of experts: what a rank common to
-    all of them keeps). What DoRA and IA3 add depends on the base, and has no norm here. A checkpoint, by headers alone: architecture, files, types and largest
-    tensors. --json is always complete.
+    all of them keeps). What DoRA and IA3 add depends on the base, and has no norm here. A
+    checkpoint, by headers alone: architecture, files, types and largest tensors. --json is always
+    complete.
     """
 
     operands: ClassVar[tuple[Operand, ...]] = (Operand("ref", "any"),)

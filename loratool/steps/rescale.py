@@ -217,9 +217,9 @@ class Rescale:
 
 def _lasting(adapter: Adapter) -> dict[str, Any]:
     """What stays true of the adapter's own settings, and the updates themselves do not say."""
-    lasting: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ("peft_type",)
     if adapter.settings.get("peft_type") == "LOKR":  # whose factors do not tell all of it
-        lasting = ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor")
+        lasting = (*lasting, "r", "rank_pattern", "decompose_both", "decompose_factor")
     kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
     return {**kept, **adapter.lasting_settings}
 
