@@ -147,7 +147,7 @@ class Rereading:
     read: Callable[[FormatOptions], Adapter]
 
 
-_READ = Provenance("Writing", "Wrote", "A low-rank adapter written by loratool.")
+_READ = Provenance("Writing", "Wrote", "An adapter written by loratool.")
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,11 @@ class Adapter(Mapping[str, LazyUpdate]):
     def label(self) -> str:
         """How messages call it."""
         return named(str(self.path)) if self.path is not None else "<computed adapter>"
+
+    @property
+    def lasting_settings(self) -> dict[str, Any]:
+        """What of its configuration still holds when its updates are changed."""
+        return {key: True for key in ("ensure_weight_tying",) if self.settings.get(key)}
 
     def reread(self, options: FormatOptions) -> Adapter:
         """The adapter read again with these facts; itself where its meaning does not need them.

@@ -10,26 +10,17 @@ from typing import Any
 
 from loratool import plugins
 from loratool.adapter import Adapter, LazyUpdate
-from loratool.checkpoint import LazyTensor
-from loratool.checkpoint_report import dtype_facts, dtype_words, tensor_facts
+from loratool.checkpoint_report import dtype_facts, dtype_words
 from loratool.digests import combine_digests
 from loratool.engine import single_threaded_tasks
 from loratool.errors import Problem
 from loratool.files import file_size, is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.measures import Spectrum, measure, replaced_tensor, spectrum
-from loratool.reports import (
-    Report,
-    Table,
-    bar,
-    counted,
-    format_bytes,
-    format_count,
-    format_share,
-    listed,
-    sparkline,
-)
-from loratool.updates import counted_kind
+from loratool.measures import whole_tensor
+from loratool.reports import Report, counted, format_bytes, format_share, listed
+from loratool.update_measures import MeasuredUpdate, measure_update
+from loratool.update_report import effective_ranks, update_facts, update_table, whole_facts
+from loratool.updates import KIND_NAMES, NEED_BASE, WHOLE, Kind, counted_kind
 
 _TOLD = 10  # problems that are told one by one
 
@@ -46,12 +37,14 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         InputError: a file cannot be read.
         FormatError: its manifest is not JSON.
     """
-    spectra, whole, others = _measured(adapter)
-    updates = {name: _update_facts(adapter, name, found) for name, found in spectra.items()}
+    measured, whole = _measured(adapter)
+    updates = {name: update_facts(adapter, name, found) for name, found in measured.items()}
     problems = [
         *adapter.problems,
-        *(Problem("error", name, found.fault) for name, found in spectra.items() if found.fault),
+        *(Problem("error", name, found.fault) for name, found in measured.items() if found.fault),
     ]
+    rows = {name: facts for name, facts in whole.items() if "rows" in facts}
+    whole = {name: facts for name, facts in whole.items() if name not in rows}
     data = {
         "kind": "inspection",
         "of": "adapter",
@@ -59,10 +52,10 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         "format": format_name,
         "task_type": adapter.task_type,
         "rslora": adapter.rslora,
-        **_totals(adapter, updates, whole, others),
+        **_totals(adapter, measured, updates, {**whole, **rows}),
         "updates": updates,
         "replaced": whole,
-        "others": others,
+        "rows": rows,
         "dropped": list(adapter.dropped),
         "tied": dict(adapter.tied),
         "model_files": sorted(adapter.model_files),
@@ -78,125 +71,91 @@ def adapter_report(adapter: Adapter, format_name: str | None, limit: int | None)
         f"{adapter.label}: an adapter",
         data,
         tuple(lines),
-        _table(updates, order[:limit]),
+        update_table(updates, order[:limit]),
         (*adapter.notes, *_problem_notes(problems)),
     )
 
 
 def _measured(
     adapter: Adapter,
-) -> tuple[dict[str, Spectrum], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Spectra of low-rank updates, facts of tensors that are kept whole, and of other kinds."""
+) -> tuple[dict[str, MeasuredUpdate], dict[str, dict[str, Any]]]:
+    """What is added to weights, measured, and facts of the tensors and rows that are kept whole."""
 
-    def task(update: LazyUpdate) -> tuple[str, Spectrum | dict[str, Any] | None]:
-        if update.kind == "low_rank":
-            return update.name, spectrum(update)
+    def task(update: LazyUpdate) -> tuple[str, MeasuredUpdate | dict[str, Any] | None]:
         if not update.is_whole:
-            digests = {tensor.name: measure(tensor).digest for tensor in update.stored}
-            facts = {"kind": update.kind, "shape": list(update.shape), "digests": digests}
-            return update.name, facts
-        tensor = replaced_tensor(update)
-        return update.name, None if tensor is None else _whole_facts(tensor)
+            return update.name, measure_update(update)
+        tensor = whole_tensor(update)
+        return update.name, None if tensor is None else whole_facts(update, tensor)
 
-    spectra: dict[str, Spectrum] = {}
+    measured: dict[str, MeasuredUpdate] = {}
     whole: dict[str, dict[str, Any]] = {}
-    others: dict[str, dict[str, Any]] = {}
     with single_threaded_tasks():
         for name, found in plugins.create("executors", "threads").map(task, adapter.values()):
-            if isinstance(found, Spectrum):
-                spectra[name] = found
+            if isinstance(found, MeasuredUpdate):
+                measured[name] = found
             elif found is not None:
-                (whole if adapter[name].is_whole else others)[name] = found
-    return spectra, whole, others
-
-
-def _whole_facts(tensor: LazyTensor) -> dict[str, Any]:
-    found = measure(tensor)
-    return {
-        **tensor_facts(tensor),
-        "parameters": tensor.numel,
-        "norm": found.norm,
-        "digests": {tensor.name: found.digest},
-    }
-
-
-def _update_facts(adapter: Adapter, name: str, found: Spectrum) -> dict[str, Any]:
-    update = adapter[name]
-    out, width = update.shape[0], math.prod(update.shape[1:])
-    rank = found.rank if update.rank is None else update.rank
-    alpha = None
-    if found.scale is not None:
-        # To 12 digits: what dividing by the rank and multiplying again has added is not alpha.
-        alpha = float(f"{found.scale * (math.sqrt(rank) if adapter.rslora else rank):.12g}")
-    return {
-        "shape": list(update.shape),
-        "rank": rank,
-        "alpha": alpha,
-        "scale": found.scale,
-        "dtype": update.dtype,
-        "parameters": rank * (out + width),
-        "dense_parameters": out * width,
-        "bytes": sum(tensor.nbytes for tensor in update.stored),
-        "norm": found.norm,
-        "sigma": list(found.sigma),
-        "energies": found.energies,
-        "effective_rank": _effective_ranks([value**2 for value in found.sigma]),
-        "digests": found.digests,
-    }
-
-
-def _effective_ranks(squares: Sequence[float]) -> dict[str, int]:
-    """How many of the largest singular values hold 90% and 99% of the energy.
-
-    Args:
-        squares: squared singular values, descending.
-    """
-    total = math.fsum(squares)
-    found = {}
-    for share in (0.9, 0.99):
-        captured, count = 0.0, 0
-        while count < len(squares) and captured < share * total:
-            captured += squares[count]
-            count += 1
-        found[f"{share:g}"] = count
-    return found
+                whole[name] = found
+    return measured, whole
 
 
 def _totals(
     adapter: Adapter,
+    measured: Mapping[str, MeasuredUpdate],
     updates: Mapping[str, Mapping[str, Any]],
-    whole: Mapping[str, Any],
-    others: Mapping[str, Any],
+    whole: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    squares = sorted((s**2 for facts in updates.values() for s in facts["sigma"]), reverse=True)
-    digests = {
-        k: v
-        for facts in (*updates.values(), *whole.values(), *others.values())
-        for k, v in facts["digests"].items()
-    }
-    stored = [tensor for update in adapter.values() for tensor in update.stored]
+    every = {**updates, **whole}
+    sigmas = (sigma for found in measured.values() for sigma in found.experts)
+    squares = sorted((value**2 for sigma in sigmas for value in sigma), reverse=True)
+    digests = {k: v for facts in every.values() for k, v in facts["digests"].items()}
+    stored = list({t.name: t for update in adapter.values() for t in update.stored}.values())
+    norms = [facts["norm"] for facts in updates.values() if facts["norm"] is not None]
+    kinds: Counter[Kind] = Counter(adapter[name].kind for name in every)
+    dense = [facts["dense_parameters"] for facts in updates.values()]
     return {
         "counts": {
-            "low_rank": len(updates),
-            "replaced": len(whole),
-            "others": len(others),
+            "low_rank": kinds["low_rank"],
+            "replaced": kinds["replacement"],
+            "others": len(updates) - kinds["low_rank"],
             "dropped": len(adapter.dropped),
         },
+        "kinds": {kind: _kind_totals(adapter, kind, every) for kind in kinds},
         **{
             f"{key}s": _distribution(facts[key] for facts in updates.values())
             for key in ("rank", "alpha", "scale")
         },
         "dtypes": dtype_facts(stored),
-        "parameters": sum(facts["parameters"] for facts in updates.values()),
-        "dense_parameters": sum(facts["dense_parameters"] for facts in updates.values()),
+        "parameters": _own_parameters(adapter, updates),
+        "dense_parameters": None if None in dense else sum(dense),
         "replaced_parameters": sum(facts["parameters"] for facts in whole.values()),
-        "norm": math.sqrt(math.fsum(squares)),
+        "norm": math.hypot(*norms),
+        "without_norm": len(updates) - len(norms),
         "singular_values": len(squares),
-        "effective_rank": _effective_ranks(squares),
+        "effective_rank": effective_ranks(squares),
         "bytes": sum(tensor.nbytes for tensor in stored),
         "files": {name: file_size(file) for name, file in sorted(adapter.files.items())},
         "digest": combine_digests(digests) if digests else None,
     }
+
+
+def _kind_totals(
+    adapter: Adapter, kind: Kind, every: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """All updates of one kind together; their norm is null if that of one of them is not known."""
+    names = [name for name in every if adapter[name].kind == kind]
+    found = [every[name] for name in names]
+    norms = [facts["norm"] for facts in found]
+    return {
+        "updates": len(found),
+        "parameters": _own_parameters(adapter, {n: f for n, f in every.items() if n in names}),
+        "bytes": sum(facts["bytes"] for facts in found),
+        "norm": None if None in norms or kind in WHOLE else math.hypot(*norms),
+    }
+
+
+def _own_parameters(adapter: Adapter, facts: Mapping[str, Mapping[str, Any]]) -> int:
+    """Without those of IA3's biases, which are their weights'."""
+    return sum(found["parameters"] for name, found in facts.items() if not adapter[name].optional)
 
 
 def _distribution(values: Iterable[float | None]) -> list[dict[str, float]]:
@@ -228,15 +187,14 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     if data["task_type"]:
         yield f"task: {data['task_type']}"
     dropped = f", {counts['dropped']} of the base's left out" if counts["dropped"] else ""
-    yield (
-        f"{counted(counts['low_rank'], 'low-rank update')}, "
-        f"{counted(counts['replaced'], 'tensor')} kept whole{dropped}"
-        + "".join(f", {words}" for words in _kinds(data["others"]))
-    )
-    if counts["low_rank"]:
-        yield from _low_rank_lines(data)
-    if counts["replaced"]:
-        names = listed(list(data["replaced"]), 3)
+    numbers = {kind: facts["updates"] for kind, facts in data["kinds"].items()} or {"low_rank": 0}
+    ordered = [kind for kind in KIND_NAMES if kind in numbers]
+    yield ", ".join(counted_kind(kind, numbers[kind]) for kind in ordered) + dropped
+    if data["updates"]:
+        yield from _update_lines(data)
+    if counts["replaced"] or data["rows"]:
+        rows = (f"{name}: {counted(len(f['rows']), 'row')}" for name, f in data["rows"].items())
+        names = listed([*data["replaced"], *rows], 3)
         yield f"kept whole: {data['replaced_parameters']:,} parameters ({names})"
     if data["dtypes"]:
         yield f"types: {dtype_words(data['dtypes'])}"
@@ -248,27 +206,40 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"model files: {listed(data['model_files'], 6)}"
 
 
-def _kinds(others: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many there are of each other kind: ["2 LoHa updates"]."""
-    found = Counter(facts["kind"] for facts in others.values())
-    return [counted_kind(kind, number) for kind, number in found.items()]
-
-
-def _low_rank_lines(data: Mapping[str, Any]) -> Iterator[str]:
+def _update_lines(data: Mapping[str, Any]) -> Iterator[str]:
     convention = "alpha / sqrt(rank): rsLoRA" if data["rslora"] else "alpha / rank"
-    yield f"rank: {_spread(data['ranks'])}"
-    yield f"alpha: {_spread(data['alphas'])}"
-    yield f"scale, {convention}: {_spread(data['scales'])}"
+    if data["ranks"]:
+        yield f"rank: {_spread(data['ranks'])}"
+        yield f"alpha: {_spread(data['alphas'])}"
+    if data["scales"]:
+        yield f"scale, {convention}: {_spread(data['scales'])}"
     small, dense = data["parameters"], data["dense_parameters"]
     share = f" ({format_share(small / dense)})" if dense else ""
-    yield f"parameters: {small:,} against {dense:,} of the whole matrices{share}"
+    yield f"parameters: {small:,}" + (
+        f" against {dense:,} of the whole matrices{share}" if dense else ""
+    )
+    yield from _kind_lines(data["kinds"])
+    if data["without_norm"] < len(data["updates"]):
+        without = f", without {data['without_norm']} that tell none" * bool(data["without_norm"])
+        yield f"norm of all deltas together: {data['norm']:.4g}{without}"
     if data["singular_values"]:
         most = data["effective_rank"]
-        yield f"norm of all deltas together: {data['norm']:.4g}"
         yield (
             f"energy: 90% in {most['0.9']:,} of {data['singular_values']:,} singular values, "
             f"99% in {most['0.99']:,}"
         )
+
+
+def _kind_lines(kinds: Mapping[Kind, Mapping[str, Any]]) -> Iterator[str]:
+    """The kinds of updates, where there are several or the norm of one depends on the base."""
+    added = {kind: facts for kind, facts in kinds.items() if kind not in WHOLE}
+    if len(added) < 2 and not NEED_BASE.intersection(added):
+        return
+    for kind, facts in added.items():
+        more = "" if facts["norm"] is None else f", norm {facts['norm']:.4g}"
+        if kind in NEED_BASE:
+            more = ": what these add depends on the base"
+        yield f"{counted_kind(kind, facts['updates'])}: {facts['parameters']:,} parameters{more}"
 
 
 def _spread(values: Sequence[Mapping[str, float]]) -> str:
@@ -298,27 +269,3 @@ def _problem_notes(problems: Sequence[Problem]) -> Iterator[str]:
         yield f"{problem.severity}: {problem}"
     if len(problems) > _TOLD:
         yield f"and {len(problems) - _TOLD} more problems: --json lists them all"
-
-
-def _table(updates: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Table:
-    top = max((updates[name]["norm"] or 0.0 for name in names), default=0.0)
-    rows = []
-    for name in names:
-        facts = updates[name]
-        norm, most = facts["norm"], facts["effective_rank"]
-        parameters = (format_count(facts[key]) for key in ("parameters", "dense_parameters"))
-        rows.append(
-            (
-                name.removesuffix(".weight"),
-                "x".join(map(str, facts["shape"])),
-                str(facts["rank"]),
-                "/".join(parameters),
-                "-" if norm is None else f"{norm:#.3g}",
-                bar(norm / top) if norm and top else "",
-                str(most["0.9"]),
-                str(most["0.99"]),
-                sparkline(facts["sigma"]),
-            )
-        )
-    columns = ("module", "shape", "rank", "parameters", "norm", "", "90%", "99%", "spectrum")
-    return Table(columns, tuple(rows), optional=("parameters", "shape", "spectrum"))

@@ -145,29 +145,36 @@ def extract(
 
 def validate(
     adapter: AdapterLike,
-    base: CheckpointLike,
+    base: CheckpointLike | None = None,
     merged: CheckpointLike | None = None,
     *,
     deep: bool = False,
     weight: float = 1.0,
+    servers: Sequence[str] = (),
 ) -> Report:
-    """Check an adapter against a base by headers; the report lists every problem.
+    """Check an adapter against a base, or servers, by headers; the report lists every problem.
 
     Args:
         adapter: the adapter.
-        base: the base model.
+        base: the base model; not needed with `servers`.
         merged: a merged model, by anybody, to prove: the report tells whether it is the base with
             this adapter added and nothing else, and its `status` is 3 where that cannot be told.
         deep: read the values too, and look for NaN and Inf.
         weight: the strength that `merged` should have been merged at.
+        servers: those that are to load it: "vllm", "tensorrt-llm", "sglang", "lorax", "llama.cpp"
+            or "diffusers"; `data["servers"]` says what each refuses, drops or misreads, and which
+            commands cure it.
 
     Raises:
         InputError: a file cannot be read, or holds NaN or Inf in what has to be compared.
         MismatchError: `merged` is of another architecture, or quantized.
-        UsageError: a weight of 0, or one that is not finite, or one without `merged`.
+        UsageError: a weight of 0, or one that is not finite, or one without `merged`; neither a
+            base nor servers; servers with `merged`, or with an adapter that is not saved.
     """
+    step = Validate(deep, weight, tuple(servers))
+    opened_base = None if base is None else _checkpoint(base)
     opened = None if merged is None else _checkpoint(merged)
-    return Validate(deep, weight).run(_adapter(adapter), _checkpoint(base), opened)
+    return step.run(_adapter(adapter), opened_base, opened)
 
 
 def merge(
@@ -278,6 +285,7 @@ def rescale(
     ratio: float | None = None,
     budget: str | None = None,
     normalize: bool = False,
+    pad: int | None = None,
     balance: bool = False,
     dtype: str | None = None,
 ) -> LazyAdapter:
@@ -293,6 +301,7 @@ def rescale(
         ratio: keep the singular values of at least the largest divided by this.
         budget: bytes of all factors together ("20MiB"), spent where they capture most.
         normalize: one rank for all, alpha = rank, no patterns.
+        pad: with `normalize`: zeros up to this rank.
         balance: make A and B equally long.
         dtype: of the factors: "fp16", ...; None for theirs.
 
@@ -302,7 +311,9 @@ def rescale(
         MismatchError: the adapter's files contradict themselves; all complaints at once.
         UsageError: an option's value makes no sense, or two contradict each other.
     """
-    step = Rescale(by, alpha, keep_delta, rank, energy, ratio, budget, normalize, balance, dtype)
+    step = Rescale(
+        by, alpha, keep_delta, rank, energy, ratio, budget, normalize, pad, balance, dtype
+    )
     return _as(LazyAdapter, step.run(_adapter(adapter)))
 
 
@@ -314,6 +325,7 @@ def convert(
     to_lora: bool = False,
     rank: int | None = None,
     energy: float | None = None,
+    lora_only: bool = False,
     drop: bool = False,
     alpha: float | None = None,
     enable_lora: str = "",
@@ -335,6 +347,7 @@ def convert(
         rank: of these, at most; with neither this nor `energy`: exact up to rank 64, else the
             smallest rank up to 64 that captures 99.9% of ||delta||^2.
         energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
+        lora_only: leave out what is not a low-rank update.
         drop: leave out what the format cannot carry.
         alpha: the adapter's alpha, where its files do not say it.
         enable_lora: "1,0,1": which parts of fused weights have an update, where its files do not
@@ -352,8 +365,8 @@ def convert(
         UsageError: an option's value makes no sense, or there is nothing to do.
     """
     step = Convert(
-        format, to_lora, rank, energy, drop, alpha, enable_lora, fan_in_fan_out, dtype, factorizer,
-        seed,
+        format, to_lora, rank, energy, lora_only, drop, alpha, enable_lora, fan_in_fan_out, dtype,
+        factorizer, seed,
     )  # fmt: skip
     opened = None if base is None else _checkpoint(base)
     return _as(LazyAdapter, step.run(_adapter(adapter), opened))

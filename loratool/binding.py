@@ -50,6 +50,7 @@ class Binding:
         dropped: base tensors that the fine-tuned model does not have.
         alignment: how the adapter's names stand for the base's.
         problems: everything that does not fit.
+        transposed: the adapter's names -> whether the base stores the weight as (in, out).
     """
 
     changed: Mapping[str, BoundUpdate] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Binding:
     dropped: tuple[str, ...] = ()
     alignment: Alignment = field(default_factory=lambda: Alignment({}))
     problems: tuple[Problem, ...] = ()
+    transposed: Mapping[str, bool] = field(default_factory=dict)
 
 
 def bind(adapter: Adapter, base: Checkpoint) -> Binding:
@@ -79,7 +81,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Binding:
     copies = _tied_copies(changed, base, targets.skeleton)
     changed |= {name: bound for name, bound in copies.items() if name not in dropped}
     problems.extend(binder.problems)
-    return Binding(changed, binder.added, dropped, alignment, tuple(problems))
+    return Binding(changed, binder.added, dropped, alignment, tuple(problems), binder.transposed)
 
 
 @dataclass
@@ -95,6 +97,7 @@ class _Binder:
         shares: tensor -> updates of its parts.
         added: tensors that the base lacks.
         problems: what does not fit.
+        transposed: updates -> whether they have to be transposed for the base.
     """
 
     adapter: Adapter
@@ -105,6 +108,7 @@ class _Binder:
     shares: dict[str, list[Share]] = field(default_factory=dict)
     added: dict[str, BoundUpdate] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    transposed: dict[str, bool] = field(default_factory=dict)
 
     def add(self, name: str, shares: Sequence[Share]) -> None:
         """Bind what an adapter does to one parameter."""
@@ -130,6 +134,7 @@ class _Binder:
         pieces = self.targets.where(target)
         place = pieces[0].tensor
         transposed = _is_transposed(update, target, shape, self.targets.skeleton)
+        self.transposed[update.name] = transposed
         if not share.is_plain:
             shape = _of_place(share, shape)  # the rows that are its
         elif update.kind == "replacement":
@@ -144,6 +149,7 @@ class _Binder:
             for tensor in dict.fromkeys(piece.tensor for piece in pieces):
                 self.problems += _storage_problems(update, tensor, self.base)
             self.problems += _tie_problems(update, target, self.targets.skeleton, tying)
+            self.problems += _orientation_problems(update, target, self.targets.skeleton)
         if share.is_plain and pieces == (Piece(place),):
             self.plain[place] = BoundUpdate(update, place, transposed)
             return
@@ -218,6 +224,18 @@ def _tie_problems(
     return [Problem("warning", update.name, message)]
 
 
+def _orientation_problems(update: LazyUpdate, target: str, skeleton: Skeleton) -> list[Problem]:
+    """A warning where neither shapes nor the model tell how experts' square matrices are stored."""
+    square = update.kind == "experts" and update.shape == _swapped(update.shape)
+    if not square or update.transposed is not None or not skeleton.guessed:
+        return []
+    message = (
+        f"its matrices are square, and the base has no config.json that tells how it stores "
+        f"{target}: taken as (experts, out, in)"
+    )
+    return [Problem("warning", update.name, message)]
+
+
 def _shape_problem(
     update: LazyUpdate, target: str, shape: tuple[int, ...], transposed: bool
 ) -> Problem | None:
@@ -285,7 +303,7 @@ def _is_transposed(
 ) -> bool:
     """As PEFT decides: the module's class wins over what the adapter's config says."""
     if update.kind == "experts":
-        return _experts_transposed(update, shape)
+        return _experts_transposed(update, target, shape, skeleton)
     if update.kind in ("dense", "rows") or len(shape) != 2:
         return False
     kind = "other" if skeleton.guessed else skeleton.kinds.get(target, "other")
@@ -296,11 +314,15 @@ def _is_transposed(
     return shape != update.shape and shape == update.shape[::-1]
 
 
-def _experts_transposed(update: LazyUpdate, shape: tuple[int, ...]) -> bool:
-    """Shapes tell where rows and columns differ in number."""
+def _experts_transposed(
+    update: LazyUpdate, target: str, shape: tuple[int, ...], skeleton: Skeleton
+) -> bool:
+    """Shapes tell where rows and columns differ in number; else who wrote it, or the module."""
     if update.shape != _swapped(update.shape):
         return shape != update.shape and shape == _swapped(update.shape)
-    return bool(update.transposed)
+    if update.transposed is not None:
+        return update.transposed
+    return target in skeleton.transposed_experts
 
 
 def _is_tied_twin(

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loratool.adapter import LazyUpdate
-from loratool.checkpoint import LazyTensor
-from loratool.deltas import matrix_shape
 from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Factorizer, is_finite, named_generator
 from loratool.lowrank import rounded_factors
 from loratool.plain import Aim, Tools, changed_vector, low_rank
+from loratool.underneath import Underneath
 from loratool.updates import (
     IA3,
     KIND_NAMES,
@@ -27,34 +26,11 @@ from loratool.updates import (
     Replacement,
     Rows,
     Update,
+    matrix_shape,
     tensors_of,
 )
 
-__all__ = ["Aim", "Converter", "Underneath"]
-
-
-@dataclass(frozen=True)
-class Underneath:
-    """The base's weight below an update.
-
-    Attributes:
-        tensor: the base's tensor.
-        transposed: whether it is stored as (in, out).
-    """
-
-    tensor: LazyTensor
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape as the module computes with it."""
-        shape = self.tensor.shape
-        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
-
-    def read(self) -> torch.Tensor:
-        """Its values as the module computes with them."""
-        values = self.tensor.read()
-        return values.mT if self.transposed else values
+__all__ = ["Aim", "Converter"]
 
 
 @dataclass(frozen=True)

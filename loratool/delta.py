@@ -6,7 +6,7 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from loratool.checkpoint import LazyTensor
 from loratool.digests import combine_digests
 from loratool.errors import InputError
+from loratool.experts import gathered
 from loratool.linalg import (
-    Certificate,
     Factorization,
     Factorizer,
     RankPolicy,
@@ -25,7 +25,7 @@ from loratool.linalg import (
     named_generator,
     tiles,
 )
-from loratool.lowrank import padded, rounded_factors
+from loratool.lowrank import rounded_factors
 from loratool.updates import Experts, LowRank, Replacement
 
 
@@ -117,10 +117,7 @@ class DeltaReader:
         certificates = [u.certificate for u in experts if u.certificate is not None]
         if base.dtype != tuned.dtype and not any(c.total for c in certificates):
             return None
-        rank = max(update.rank for update in experts)
-        pairs = [padded(update.a, update.b, rank) for update in experts]
-        a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
-        update = Experts(a, b, 1.0, _together(certificates, rank))
+        update = gathered(experts)
         if transposed:
             update = update.transposed()
             update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
@@ -179,17 +176,6 @@ def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
             yield from tensor.read()
             return
         yield from block
-
-
-def _together(certificates: Sequence[Certificate], rank: int) -> Certificate:
-    """The certificate of several updates side by side, of one rank."""
-    sums = {
-        key: math.fsum(getattr(found, key) for found in certificates)
-        for key in ("total", "captured", "rounding", "optimum_bound")
-    }
-    methods = sorted({found.method for found in certificates})
-    steps = max(found.steps for found in certificates)
-    return Certificate(rank=rank, method=" ".join(methods), steps=steps, **sums)
 
 
 def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:

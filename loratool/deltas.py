@@ -17,7 +17,18 @@ import torch
 from loratool.exact import ExactDelta, exact_delta
 from loratool.linalg import tiles
 from loratool.rounding import TILE_ELEMENTS
-from loratool.updates import IA3, Added, Dense, DoRA, Experts, LoHa, LoKr, LowRank, Product
+from loratool.updates import (
+    IA3,
+    Added,
+    Dense,
+    DoRA,
+    Experts,
+    LoHa,
+    LoKr,
+    LowRank,
+    Product,
+    matrix_shape,
+)
 
 
 class Delta(Protocol):
@@ -75,14 +86,6 @@ def delta_of(
         if term.shape != matrix:
             raise ValueError(f"a delta of {term.shape} for a weight of {tuple(shape)}")
     return terms[0] if len(terms) == 1 else _Sum(tuple(terms))
-
-
-def matrix_shape(shape: Sequence[int], experts: bool = False) -> tuple[int, int]:
-    """As what matrix a weight is seen."""
-    if len(shape) < 2:
-        return math.prod(shape), 1
-    rows = math.prod(shape[:-1]) if experts else shape[0]
-    return rows, math.prod(shape) // max(1, rows)
 
 
 def _term(
@@ -202,8 +205,11 @@ class _Values:
         if self.factor != 1:
             out.mul_(self.factor)
 
-    def squared_norm(self) -> None:
-        return None
+    def squared_norm(self) -> float:
+        total = 0.0
+        for rows in tiles(self.values, TILE_ELEMENTS):
+            total += float(self.values[rows].double().square().sum())
+        return total * self.factor**2
 
 
 @dataclass(frozen=True)
@@ -257,8 +263,9 @@ class _Kronecker:
             start, done = start + count, done + count
         out.mul_(self.factor)
 
-    def squared_norm(self) -> None:
-        return None
+    def squared_norm(self) -> float | None:
+        other = self.other.squared_norm()
+        return None if other is None else other * float(self.one.square().sum()) * self.factor**2
 
 
 @dataclass(frozen=True)

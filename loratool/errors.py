@@ -16,7 +16,7 @@ Anything else that escapes is a bug of loratool and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -89,3 +89,23 @@ def raise_problems(heading: str, problems: Iterable[Problem]) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise MismatchError("\n".join([heading, *(f"  {problem}" for problem in errors)]))
+
+
+def grouped(problems: Iterable[Problem]) -> list[str]:
+    """Complaints with the names that they are about, each complaint once."""
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        names.setdefault(problem.message, []).append(problem.tensor)
+    return [f"{some(tensors)}: {message}" for message, tensors in names.items()]
+
+
+def raise_grouped(heading: str, problems: Iterable[Problem]) -> None:
+    """As `raise_problems`, with complaints of several tensors told once."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise MismatchError("\n".join([heading, *(f"  {text}" for text in grouped(errors))]))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

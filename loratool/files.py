@@ -40,6 +40,7 @@ class Mirror:
     start: Callable[[str, int], bytes]
     fetch: Callable[[str], object]
     _locks: dict[str, Lock] = field(init=False, repr=False)
+    _starts: dict[str, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         absent = (name for name in self.sizes if not (self.folder / name).exists())
@@ -49,6 +50,13 @@ class Mirror:
     def absent(self) -> Collection[str]:
         """The files that were not brought yet."""
         return self._locks.keys()
+
+    def beginning(self, name: str, count: int) -> bytes:
+        """As `start`, once for all formats that look at a file to find out whether it is theirs."""
+        known = self._starts.get(name, b"")
+        if len(known) < min(count, self.sizes[name]):
+            known = self._starts[name] = self.start(name, count)
+        return known[:count]
 
     def bring(self, name: str) -> None:
         """Fetch a file unless it is here; several threads may ask at a time."""
@@ -184,7 +192,7 @@ def read_start(path: Path, count: int) -> bytes:
     """At most `count` bytes from a file's beginning; OSError as `open`."""
     found = _absent(path)
     if found is not None:
-        return found[0].start(found[1], count)
+        return found[0].beginning(found[1], count)
     with path.open("rb") as file:
         return file.read(count)
 

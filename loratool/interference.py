@@ -138,6 +138,26 @@ def _whitening(blocks: Array) -> tuple[Array, Array]:
     return vectors * scales[..., None, :], present.sum(axis=-1)
 
 
+def together(found: Sequence[Interference]) -> Interference:
+    """The interference of updates of several matrices, experts', each seen as one update.
+
+    Of the angles: the largest cosine of all, and the means of the other figures.
+    """
+    if len(found) == 1:
+        return found[0]
+    norms = (math.hypot(*(x.norms[0] for x in found)), math.hypot(*(x.norms[1] for x in found)))
+    outputs, inputs = (_mean([getattr(x, side) for x in found]) for side in ("outputs", "inputs"))
+    return Interference(math.fsum(x.inner for x in found), norms, outputs, inputs)
+
+
+def _mean(spaces: Sequence[Subspaces]) -> Subspaces:
+    shared, product = (
+        math.fsum(getattr(space, key) for space in spaces) / len(spaces)
+        for key in ("shared", "product")
+    )
+    return Subspaces(max(space.largest for space in spaces), shared, product)
+
+
 def _cosine(inner: float, norm: float, other_norm: float) -> float:
     if norm == 0 or other_norm == 0:
         return 0.0
@@ -155,18 +175,21 @@ class Collector:
         self._names = tuple(names)
         self._found: dict[str, dict[tuple[int, int], Interference]] = {}
 
-    def add(self, tensor: str, parts: Mapping[int, Product]) -> None:
+    def add(self, tensor: str, parts: Mapping[int, Sequence[Product]]) -> None:
         """Compute the interference in one tensor.
 
         Args:
             tensor: its name.
-            parts: number of a part -> its update; at least one.
+            parts: number of a part -> its update: one product, or one for each expert.
         """
         if len(parts) < 2:
             return
         numbers = list(parts)
-        found = pairwise([parts[number] for number in numbers])
-        self._found[tensor] = {(numbers[i], numbers[j]): x for (i, j), x in found.items()}
+        matrices = [pairwise(products) for products in zip(*parts.values(), strict=True)]
+        self._found[tensor] = {
+            (numbers[i], numbers[j]): together([found[i, j] for found in matrices])
+            for i, j in matrices[0]
+        }
 
     def cosines(self) -> dict[tuple[int, int], float]:
         """Pair of parts -> the cosine over all tensors that both change, together."""

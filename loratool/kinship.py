@@ -6,13 +6,15 @@ the first difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.errors import MismatchError
+from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +87,7 @@ def base_facts(digests: Mapping[str, str]) -> dict[str, Any]:
 
 def _require_same_target(name: str, one: Adapter, other: Adapter) -> None:
     left, right = one[name], other[name]
-    if left.kind == right.kind == "low_rank" and left.shape != right.shape:
+    if not are_of_one_weight(left, right):
         raise MismatchError(
             f"{one.label} and {other.label} were made for different bases: {name} has the shape "
             f"{left.shape} in the one and {right.shape} in the other (out, in)"
@@ -98,6 +100,29 @@ def _require_same_target(name: str, one: Adapter, other: Adapter) -> None:
             f"{one.label} and {other.label} were made for different bases: their copies of the "
             f"base's {name} differ"
         )
+
+
+def are_of_one_weight(one: LazyUpdate, other: LazyUpdate) -> bool:
+    """Whether the shapes of two updates can be those of one weight, as far as they tell.
+
+    A convolution's weight may be known as a matrix, and experts' either way round.
+    """
+    kinds = {one.kind, other.kind}
+    if kinds & {"ia3", "rows", "replacement"} or ("experts" in kinds and len(kinds) > 1):
+        return True
+    here, there = _trimmed(one.shape), _trimmed(other.shape)
+    if kinds == {"experts"}:
+        return there in (here, swapped(here))
+    if min(len(here), len(there)) == 2:
+        return math.prod(here) == math.prod(there) and matrix_shape(here) == matrix_shape(there)
+    return here == there
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones that a kernel may end in: some formats give every kernel two dimensions."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _same_place(one: Adapter, other: Adapter) -> bool:

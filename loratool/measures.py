@@ -1,4 +1,4 @@
-"""Norms, spectra and digests of what files hold, for reports.
+"""Norms and digests of what files hold, for reports.
 
 Everything here touches values; whoever only reads headers does not import it.
 """
@@ -6,7 +6,7 @@ Everything here touches values; whoever only reads headers does not import it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -14,69 +14,11 @@ from loratool.adapter import LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.digests import TensorDigest
 from loratool.dtypes import is_float
-from loratool.linalg import is_finite, squared_norm, tiles
-from loratool.lowrank import singular_values, weighted
-from loratool.updates import LowRank, Replacement
+from loratool.linalg import squared_norm, tiles
+from loratool.updates import Replacement, Rows
 
 # Between these an fp32 sum of squares has neither lost small values nor overflowed.
 _SAFE = (1e-20, 1e30)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """A low-rank update as it lies in its file.
-
-    Attributes:
-        scale: what B A is multiplied by; None if the factors cannot be had.
-        rank: number of rows of A.
-        sigma: the delta's singular values in fp64, descending; empty if they cannot be had.
-        fault: why not, "" otherwise.
-        digests: stored tensor -> its digest.
-    """
-
-    scale: float | None = None
-    rank: int = 0
-    sigma: tuple[float, ...] = ()
-    fault: str = ""
-    digests: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def norm(self) -> float | None:
-        """||delta||_F."""
-        return math.hypot(*self.sigma) if self.sigma else None
-
-    @property
-    def energies(self) -> list[float]:
-        """Share of ||delta||_F^2 of each singular value; all 0 for a zero delta."""
-        top = self.sigma[0] if self.sigma else 0.0
-        if top == 0:
-            return [0.0 for _ in self.sigma]
-        squares = [(value / top) ** 2 for value in self.sigma]
-        return [square / math.fsum(squares) for square in squares]
-
-
-def spectrum(update: LazyUpdate) -> Spectrum:
-    """Read a low-rank update, and decompose it through its factors."""
-    digests = {tensor.name: measure(tensor).digest for tensor in update.stored}
-    found = update.load()
-    if not isinstance(found, LowRank):
-        return Spectrum(fault="there is nothing to change", digests=digests)
-    a, b = found.a, found.b
-    fault = ""
-    if a.shape[0] != b.shape[1]:
-        fault = "lora_A and lora_B have different ranks"
-    elif not (a.numel() and b.numel()):
-        fault = "its factors are empty"
-    elif not (_is_finite(a) and _is_finite(b)):
-        fault = "holds NaN or Inf"
-    if fault:
-        return Spectrum(found.scale, found.rank, fault=fault, digests=digests)
-    sigma = singular_values([weighted(found)])
-    return Spectrum(found.scale, found.rank, tuple(sigma.tolist()), digests=digests)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or is_finite(tensor)
 
 
 @dataclass(frozen=True)
@@ -116,9 +58,9 @@ def _squared_norm(block: torch.Tensor) -> float:
     return total
 
 
-def replaced_tensor(update: LazyUpdate) -> LazyTensor | None:
-    """The tensor that an update puts in a whole tensor's place, if there is one."""
+def whole_tensor(update: LazyUpdate) -> LazyTensor | None:
+    """The tensor, or the rows of one, that an update sets, if there is any after all."""
     if update.stored:
         return update.stored[0]
     found = update.load()
-    return found.tensor if isinstance(found, Replacement) else None
+    return found.tensor if isinstance(found, Replacement | Rows) else None

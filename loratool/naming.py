@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from loratool.adapter import Adapter, FormatOptions
-from loratool.alignment import Alignment, align
+from loratool.alignment import align
 from loratool.binding import Binding, bind
 from loratool.checkpoint import Checkpoint
+from loratool.common_names import CommonNames, renaming
 from loratool.errors import MismatchError, raise_problems
 from loratool.respelling import respelled
+from loratool.targets import targets_of
 
 
 def reference(adapters: Sequence[Adapter]) -> Adapter:
@@ -45,10 +47,16 @@ def in_one_naming(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[
     bindings = [_bound(adapter, base) for adapter in adapters]
     chosen = reference(adapters)
     target = next(b for a, b in zip(adapters, bindings, strict=True) if a is chosen).alignment
+    names = CommonNames(target, targets_of(base), _are_in_memory(bindings, base))
     return [
-        _renamed(adapter, binding, _renaming(binding.alignment, target, base), chosen)
+        _renamed(adapter, binding, names, chosen)
         for adapter, binding in zip(adapters, bindings, strict=True)
     ]
+
+
+def _are_in_memory(bindings: Sequence[Binding], base: Checkpoint) -> bool:
+    """Whether an adapter calls weights as the model does in memory, and not as the base does."""
+    return any(there not in base for b in bindings for there in b.alignment.pairs.values())
 
 
 def _in_one_scheme(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[Adapter]:
@@ -89,40 +97,10 @@ def _bound(adapter: Adapter, base: Checkpoint) -> Binding:
     return binding
 
 
-def _renaming(source: Alignment, target: Alignment, base: Checkpoint) -> Callable[[str], str]:
-    """From one adapter's names to another's, by way of the base's.
-
-    What the base does not have (a head) keeps its name.
-    """
-    known = {there: here for here, there in target.pairs.items()}
-
-    def rename(name: str) -> str:
-        there = source.pairs.get(name) or _name_there(source, name)
-        if source is target or there not in base:
-            return name
-        return known.get(there) or target.name_here(there)
-
-    return rename
-
-
-def _name_there(alignment: Alignment, name: str) -> str:
-    for old, new in alignment.moves:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return alignment.prefix_there + name.removeprefix(alignment.prefix_here)
-
-
-def _renamed(
-    adapter: Adapter, binding: Binding, rename: Callable[[str], str], chosen: Adapter
-) -> Adapter:
-    transposed = {bound.update.name: bound.transposed for bound in binding.changed.values()}
-    updates = {
-        rename(name): replace(
-            update, name=rename(name), transposed=transposed.get(name, update.transposed)
-        )
-        for name, update in adapter.items()
-    }
-    if len(updates) < len(adapter):
+def _renamed(adapter: Adapter, binding: Binding, names: CommonNames, chosen: Adapter) -> Adapter:
+    rename = renaming(names, binding.alignment)
+    common = [rename(name) for name in adapter]
+    if len(set(common)) < len(common):
         raise MismatchError(f"{adapter.label}: two of its tensors are one tensor of the base")
     notes = [str(problem) for problem in binding.problems if problem.severity == "warning"]
     if words := binding.alignment.describe():
@@ -133,7 +111,7 @@ def _renamed(
 
     return replace(
         adapter,
-        updates=updates,
+        updates=names.updates(adapter, binding),
         context={rename(n): tensor.renamed(rename(n)) for n, tensor in adapter.context.items()},
         kinds={rename(name): kind for name, kind in adapter.kinds.items()},
         tied={rename(name): rename(twin) for name, twin in adapter.tied.items()},

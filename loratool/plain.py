@@ -15,10 +15,20 @@ from dataclasses import dataclass
 import torch
 
 from loratool import lowrank
-from loratool.deltas import delta_of, folded, matrix_shape
+from loratool.deltas import delta_of, folded
 from loratool.linalg import Certificate, Factorization, Factorizer, RankPolicy, Workspace, tiles
 from loratool.rounding import TILE_ELEMENTS
-from loratool.updates import IA3, Added, Dense, DoRA, LoHa, LoKr, LowRank, Product
+from loratool.updates import (
+    IA3,
+    Added,
+    Dense,
+    DoRA,
+    LoHa,
+    LoKr,
+    LowRank,
+    Product,
+    matrix_shape,
+)
 
 # What fp64 rounding may do to an energy, as a share of the total.
 _FP64_SLACK = 1e-12

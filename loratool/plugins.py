@@ -87,6 +87,7 @@ class Step(Protocol):
             `apply(drain) -> Report`.
         names_base: (optional, False if absent) whether the operand `base` may be left out where
             the adapters name their base.
+        needs_base: (optional, True if absent) whether a base that is left out has to be found.
         reads_values: (optional, True if absent) whether the base's values are read.
     """
 
@@ -177,6 +178,9 @@ class Combiner(Protocol):
             but for rounding: its factors then get a dtype that keeps it so.
         needs_equal_ranks: (optional, False if absent) whether all parts must have one rank, which
             the result has too; checked by headers.
+        combine_vectors: (optional, the weighted sum if absent) combines deltas of a vector, such as
+            a bias: given the vectors (n,) in fp64, a weight for each and the generator, it returns
+            the result (n,).
     """
 
     def combine(

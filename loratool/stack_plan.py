@@ -10,13 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, LazyUpdate
+from loratool.adapter import Adapter
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
-from loratool.errors import InputError, MismatchError, UsageError
+from loratool.errors import InputError, MismatchError, UsageError, raise_grouped
 from loratool.kinship import require_distinct, require_same_base
 from loratool.naming import in_one_naming, reference
 from loratool.skeleton import architecture_of
+from loratool.stack_kinds import Share, is_factored, oriented, problems_of
 
 # Keys of config.json that say nothing of the model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -59,25 +60,6 @@ def parse_layer_weight(text: str) -> LayerWeight:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one adapter contributes to one tensor.
-
-    Attributes:
-        number: which adapter it is, from 0.
-        label: what errors call it.
-        name: what `--weights` and reports call it.
-        update: its update.
-        weight: the adapter's weight times the layer's; not 0.
-    """
-
-    number: int
-    label: str
-    name: str
-    update: LazyUpdate
-    weight: float
-
-
-@dataclass(frozen=True)
 class StackPlan:
     """What is stacked.
 
@@ -95,9 +77,9 @@ class StackPlan:
     shares: Mapping[str, Sequence[Share]]
     notes: tuple[str, ...]
 
-    def low_rank(self) -> Iterator[tuple[str, Sequence[Share]]]:
-        """The tensors that get an update."""
-        return ((n, s) for n, s in self.shares.items() if s[0].update.kind == "low_rank")
+    def factored(self) -> Iterator[tuple[str, Sequence[Share]]]:
+        """The tensors that get factors A and B."""
+        return ((name, shares) for name, shares in self.shares.items() if is_factored(shares))
 
 
 def plan_stack(
@@ -195,24 +177,9 @@ def _shares(
             )
     if not shares:
         raise InputError("every tensor has the weight 0: there is nothing to stack")
-    for parameter, present in shares.items():
-        _check_kinds(parameter, present)
-    return shares
-
-
-def _check_kinds(name: str, shares: Sequence[Share]) -> None:
-    first = shares[0]
-    for other in shares[1:]:
-        if other.update.kind != first.update.kind:
-            low, whole = sorted((first, other), key=lambda share: share.update.kind)
-            raise MismatchError(
-                f"{name}: {low.label} adds a low-rank update to it and {whole.label} replaces it "
-                f"whole: leave one out with --weights '{whole.name}:{name}=0'"
-            )
-        is_whole = first.update.kind == "replacement"
-        stored = first.update.stored and other.update.stored
-        if is_whole and stored and first.update.shape != other.update.shape:
-            raise different_replacements(name, first, other)
+    problems = [problem for name, found in shares.items() for problem in problems_of(name, found)]
+    raise_grouped("the adapters cannot be combined:", problems)
+    return {name: oriented(found) for name, found in shares.items()}
 
 
 def _require_one_model(adapters: Sequence[Adapter]) -> None:
@@ -248,12 +215,3 @@ def _kinship_notes(adapters: Sequence[Adapter]) -> Iterator[str]:
 
 def _essence(adapter: Adapter) -> dict[str, Any]:
     return {k: v for k, v in (adapter.model_config or {}).items() if k not in _VOLATILE}
-
-
-def different_replacements(name: str, one: Share, other: Share) -> MismatchError:
-    """What to tell a user whose adapters replace one tensor by different ones."""
-    module = name.rpartition(".")[0] or name
-    return MismatchError(
-        f"{name}: {one.label} and {other.label} both replace it whole, by different tensors, which "
-        f"cannot be combined: leave one out with --weights '{other.name}:{module}=0'"
-    )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from loratool.checkpoint import LazyTensor
-from loratool.errors import InputError
+from loratool.dtypes import torch_dtype
+from loratool.errors import InputError, MismatchError
+from loratool.experts import gathered, matrices
 from loratool.interference import Collector
 from loratool.kinship import same_bytes
 from loratool.linalg import Factorizer, RankPolicy, is_finite, named_generator
 from loratool.lowrank import rounded_factors, weighted
 from loratool.plugins import Combiner
-from loratool.stack_plan import Share, different_replacements
-from loratool.updates import LowRank, Replacement
+from loratool.stack_kinds import Share, different_replacements
+from loratool.updates import Dense, Experts, LowRank, Replacement, Rows, tensors_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Stacker:
     def __post_init__(self) -> None:
         object.__setattr__(self, "interference", Collector(self.names))
 
-    def combine(self, name: str, shares: Sequence[Share], dtype: str) -> LowRank | None:
-        """One update of low-rank ones, with factors of a safetensors dtype; None if none changes.
+    def combine(self, name: str, shares: Sequence[Share], dtype: str) -> LowRank | Experts | None:
+        """One update of several with factors, in a safetensors dtype; None if none changes.
+
+        Experts are combined one by one, and get one rank.
 
         Raises:
             InputError: NaN or Inf in a factor, or a result that overflows `dtype`.
@@ -50,12 +54,28 @@ class Stacker:
         present = [(share, found) for share in shares if (found := _factors(share)) is not None]
         if not present:
             return None
-        parts = [found for _, found in present]
+        split = [matrices(found) for _, found in present]
         weights = [share.weight for share, _ in present]
         self.interference.add(
-            name, {share.number: weighted(found, share.weight) for share, found in present}
+            name,
+            {
+                share.number: [weighted(part, share.weight) for part in parts]
+                for (share, _), parts in zip(present, split, strict=True)
+            },
         )
-        generator = named_generator(self.seed, name)
+        if isinstance(present[0][1], LowRank):
+            return self._combined(name, name, [parts[0] for parts in split], weights, dtype)
+        experts = [
+            self._combined(name, f"{name}[{number}]", parts, weights, dtype)
+            for number, parts in enumerate(zip(*split, strict=True))
+        ]
+        return gathered(experts)
+
+    def _combined(
+        self, name: str, stream: str, parts: Sequence[LowRank], weights: list[float], dtype: str
+    ) -> LowRank:
+        """One matrix of several; `stream` names its random numbers."""
+        generator = named_generator(self.seed, stream)
         try:
             found = self.combiner.combine(parts, weights, self.policy, self.factorizer, generator)
         except InputError as error:
@@ -67,18 +87,50 @@ class Stacker:
             raise InputError(f"{name}: the factors overflow {dtype}; choose a wider --dtype")
         return result
 
+    def combine_vectors(self, name: str, shares: Sequence[Share], dtype: str) -> Dense | None:
+        """One delta of a vector (a bias) of several; None if none changes.
 
-def _factors(share: Share) -> LowRank | None:
+        Raises:
+            InputError: NaN or Inf in one, or a result that overflows `dtype`.
+        """
+        present = [(share, found) for share in shares if (found := _vector(share)) is not None]
+        if not present:
+            return None
+        vectors = [found.values.double() * found.scale for _, found in present]
+        weights = [share.weight for share, _ in present]
+        if (combine := getattr(self.combiner, "combine_vectors", None)) is not None:
+            total = combine(vectors, weights, named_generator(self.seed, name))
+        else:
+            total = sum(w * vector for w, vector in zip(weights, vectors, strict=True))
+        values = total.to(torch_dtype(dtype))
+        if not is_finite(values):
+            raise InputError(f"{name}: overflows {dtype}; choose a wider --dtype")
+        return Dense(values)
+
+
+def _factors(share: Share) -> LowRank | Experts | None:
     found = share.update.load()
-    if not isinstance(found, LowRank):
+    if not isinstance(found, LowRank | Experts):
         return None
-    for side, factor in (("A", found.a), ("B", found.b)):
-        if not _holds_finite(factor):
+    _require_finite(share, found)
+    return found
+
+
+def _vector(share: Share) -> Dense | None:
+    found = share.update.load()
+    if not isinstance(found, Dense):
+        return None
+    _require_finite(share, found)
+    return found
+
+
+def _require_finite(share: Share, update: LowRank | Experts | Dense) -> None:
+    for part, values in tensors_of(update):
+        if not _holds_finite(values):
             origin = share.update.origin or share.label
             raise InputError(
-                f"{origin}: {share.update.name}: lora_{side} holds NaN or Inf: repair the adapter"
+                f"{origin}: {share.update.name}: {part} holds NaN or Inf: repair the adapter"
             )
-    return found
 
 
 def _holds_finite(factor: torch.Tensor) -> bool:
@@ -87,6 +139,24 @@ def _holds_finite(factor: torch.Tensor) -> bool:
     if quick and math.isfinite(float(factor.sum(dtype=torch.float64))):
         return True
     return is_finite(factor)
+
+
+def rows(name: str, shares: Sequence[Share], dtype: str) -> Rows | None:
+    """The rows of all shares together, which are different ones; None if there are none."""
+    found = [rows for share in shares if isinstance(rows := share.update.load(), Rows)]
+    if not found:
+        return None
+    kind = torch_dtype(dtype)
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for part in found:
+            for block in part.tensor.blocks():
+                yield block.to(kind)
+
+    indices = tuple(index for part in found for index in part.indices)
+    shape = (len(indices), *found[0].tensor.shape[1:])
+    origin = found[0].tensor.origin
+    return Rows(indices, LazyTensor(name, dtype, shape, blocks, origin))
 
 
 def replacement(
@@ -110,7 +180,7 @@ def replacement(
         if chosen is None:
             chosen = share, found
         elif not _same_tensor(chosen[1].tensor, found.tensor):
-            raise different_replacements(name, chosen[0], share)
+            raise MismatchError(f"{name}: {different_replacements(name, chosen[0], share)}")
     if chosen is None:
         return None
     context[name] = chosen[1].tensor.renamed(name)

@@ -12,7 +12,9 @@ own weights.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,7 +29,7 @@ Kind = Literal[
 ]  # fmt: skip
 
 # What a person calls them.
-KIND_NAMES: dict[str, str] = {
+KIND_NAMES: dict[Kind, str] = {
     "low_rank": "low-rank update",
     "experts": "low-rank update of experts",
     "dense": "full-size delta",
@@ -36,11 +38,13 @@ KIND_NAMES: dict[str, str] = {
     "dora": "DoRA update",
     "ia3": "IA3 scaling",
     "rows": "table with replaced rows",
-    "replacement": "tensor replaced whole",
+    "replacement": "tensor kept whole",
 }
 LINEAR: frozenset[str] = frozenset({"low_rank", "experts", "dense", "loha", "lokr"})
 WHOLE: frozenset[str] = frozenset({"rows", "replacement"})  # set values, whatever the base has
 NEED_BASE: frozenset[str] = frozenset({"dora", "ia3"})  # their deltas depend on the base's values
+# What is made of factors A and B, whose rank can be cut.
+FACTORED: frozenset[str] = frozenset({"low_rank", "experts"})
 # What plain low-rank updates can be made of, where it is for more than a vector.
 FACTORABLE: frozenset[str] = frozenset({"dense", "loha", "lokr", "dora", "ia3"})
 _PLURAL = re.compile(r"(update|delta|scaling|table|tensor)\b")
@@ -50,6 +54,26 @@ def counted_kind(kind: Kind, number: int) -> str:
     """How many there are of a kind: "2 tables with replaced rows"."""
     name = KIND_NAMES[kind]
     return f"{number} {name}" if number == 1 else f"{number} " + _PLURAL.sub(r"\1s", name, count=1)
+
+
+def matrix_shape(shape: Sequence[int], experts: bool = False) -> tuple[int, int]:
+    """As what matrix a weight is seen: (out, in * kernel), experts' rows below one another."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    rows = math.prod(shape[:-1]) if experts else shape[0]
+    return rows, math.prod(shape) // max(1, rows)
+
+
+def swapped(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape with its last two dimensions the other way round."""
+    return (*shape[:-2], *shape[:-3:-1])
+
+
+def elements_a_rank(kind: Kind, shape: Sequence[int]) -> int:
+    """How many elements the factors of a weight of `shape` have for each rank."""
+    if kind == "experts":
+        return shape[0] * sum(shape[1:])
+    return sum(matrix_shape(shape))
 
 
 @dataclass(frozen=True)

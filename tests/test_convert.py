@@ -430,6 +430,45 @@ def test_dropping_everything_is_refused() -> None:
         Convert(format="peft", drop=True).run(adapter)
 
 
+def test_lora_only_keeps_factors_as_they_are_and_says_what_it_leaves_out() -> None:
+    given = {n: given for n, given in every_kind().items() if n not in ("experts.gate",)}
+    adapter = adapter_of(
+        given,
+        settings={"ensure_weight_tying": True, "r": 2},
+        context={"head.weight": tensor("head.weight", some.randn(8, 3, 3))},
+        task_type="SEQ_CLS",
+        dropped=("old.weight",),
+        model_config={"model_type": "bert"},
+    )
+    result = Convert(lora_only=True).run(adapter)
+    assert list(result) == ["low.weight"] and result["low.weight"] is adapter["low.weight"]
+    assert not (result.context or result.dropped or result.model_config)
+    assert result.settings == {"ensure_weight_tying": True}
+    assert result.task_type is None  # PEFT would look for the head
+    (note,) = result.notes
+    assert note.startswith("left out: ") and note.endswith(": what they change is lost")
+    for kind in ("1 LoHa update", "1 table with replaced rows", "1 tensor kept whole"):
+        assert kind in note
+    both = Convert(lora_only=True, to_lora=True).run(adapter)
+    assert list(both) == ["low.weight", "loha.weight", "lokr.weight", "dense.weight"]
+    assert not any("set, not changed" in note for note in both.notes)
+
+
+def test_lora_only_without_anything_to_leave_out_changes_nothing() -> None:
+    adapter = adapter_of(
+        {"low.weight": every_kind()["low.weight"]}, settings={"r": 2}, task_type="SEQ_CLS"
+    )
+    result = Convert(lora_only=True).run(adapter)
+    assert result["low.weight"] is adapter["low.weight"] and result.notes == ()
+    assert (result.settings, result.task_type) == (adapter.settings, "SEQ_CLS")
+
+
+def test_lora_only_of_nothing_low_rank_is_refused() -> None:
+    adapter = adapter_of({"head.weight": every_kind()["head.weight"]})
+    with pytest.raises(InputError, match="has no low-rank update: nothing would be left"):
+        Convert(lora_only=True).run(adapter)
+
+
 def test_names_that_only_the_base_resolves_are_refused_by_a_format_of_other_names() -> None:
     adapter = adapter_of({"low.weight": every_kind()["low.weight"]}, naming="kohya")
     with pytest.raises(MismatchError, match=r"low\.weight: is a name of kohya.*--base"):

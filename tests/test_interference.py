@@ -87,7 +87,7 @@ def test_zero_and_dependent_parts() -> None:
 
 def test_the_report_says_what_the_signs_mean() -> None:
     b, a = factors(1, 20, 15, 2)
-    parts = {0: Product(b, a), 1: Product(b, a, 0.5), 2: Product(b, a, -1.0)}
+    parts = {0: [Product(b, a)], 1: [Product(b, a, 0.5)], 2: [Product(b, a, -1.0)]}
     collector = Collector(["math", "code", "prose"])
     for tensor in ("x.weight", "w.weight"):
         collector.add(tensor, parts)
@@ -105,10 +105,10 @@ def test_the_report_says_what_the_signs_mean() -> None:
 def test_the_overall_cosine_weighs_tensors_by_their_size() -> None:
     b, a = factors(1, 20, 15, 2)
     collector = Collector(["math", "code"])
-    collector.add("large", {0: Product(b, a, 10.0), 1: Product(b, a, 10.0)})
-    collector.add("small", {0: Product(b, a, 0.1), 1: Product(b, a, -0.1)})
+    collector.add("large", {0: [Product(b, a, 10.0)], 1: [Product(b, a, 10.0)]})
+    collector.add("small", {0: [Product(b, a, 0.1)], 1: [Product(b, a, -0.1)]})
     assert collector.cosines()[0, 1] == pytest.approx(1, abs=3e-4)
     opposed = Collector(["math", "code"])
-    opposed.add("one", {0: Product(b, a), 1: Product(b, a)})
-    opposed.add("two", {0: Product(b, a), 1: Product(b, a, -1.0)})
+    opposed.add("one", {0: [Product(b, a)], 1: [Product(b, a)]})
+    opposed.add("two", {0: [Product(b, a)], 1: [Product(b, a, -1.0)]})
     assert opposed.cosines()[0, 1] == pytest.approx(0, abs=1e-12)

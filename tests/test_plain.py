@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool import plain, plugins
-from loratool.deltas import matrix_shape
 from loratool.linalg import RankPolicy, named_generator
-from loratool.updates import IA3, Added, Dense, DoRA, LoHa, LoKr, LowRank, Product, tensors_of
+from loratool.updates import (
+    IA3,
+    Added,
+    Dense,
+    DoRA,
+    LoHa,
+    LoKr,
+    LowRank,
+    Product,
+    matrix_shape,
+    tensors_of,
+)
 from tests import updates as some
 from tests.updates import Shape
 

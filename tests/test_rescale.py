@@ -164,6 +164,20 @@ def test_normalize_keeps_the_delta_at_one_rank_and_scale_1(adapter: Adapter) -> 
 
 
 @common
+@given(adapter=adapters(exact=True), pad=st.integers(1, 12), rank=st.sampled_from([None, 2]))
+def test_pad_gives_all_at_least_a_rank(adapter: Adapter, pad: int, rank: int | None) -> None:
+    plain = loaded(Rescale(normalize=True, rank=rank).run(adapter))
+    step = Rescale(normalize=True, rank=rank, pad=pad).run(adapter)
+    found = loaded(step)
+    wanted = max(pad, *(update.rank for update in plain.values()))
+    assert {update.rank for update in found.values()} == {wanted}
+    assert {update.rank for update in step.values()} == {wanted}
+    for name, update in plain.items():
+        assert found[name].scale == 1
+        assert torch.equal(delta(found[name]), delta(update))
+
+
+@common
 @given(adapter=adapters(exact=True))
 def test_balance_keeps_the_delta_and_makes_both_sides_equally_long(adapter: Adapter) -> None:
     found = rescaled(adapter, balance=True)
@@ -555,6 +569,9 @@ def test_rescaling_merges_without_being_saved(folder: Path, tmp_path: Path) -> N
         ({"alpha": 8.0, "budget": "1MiB"}, "--alpha with --budget"),
         ({"alpha": 8.0, "normalize": True}, "--normalize makes alpha the rank"),
         ({"alpha": 8.0, "normalize": True, "keep_delta": True}, "--normalize makes alpha"),
+        ({"by": 2.0, "pad": 4}, "goes with --normalize"),
+        ({"normalize": True, "pad": 0}, "from 1 up"),
+        ({"normalize": True, "pad": 4, "budget": "1MiB"}, "does not go with --budget"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"energy": 0.0}, "energy"),
         ({"energy": 1.5}, "energy"),

@@ -7,8 +7,18 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from loratool.deltas import matrix_shape
-from loratool.updates import IA3, Added, Dense, DoRA, Experts, LoHa, LoKr, LowRank, Product
+from loratool.updates import (
+    IA3,
+    Added,
+    Dense,
+    DoRA,
+    Experts,
+    LoHa,
+    LoKr,
+    LowRank,
+    Product,
+    matrix_shape,
+)
 
 Shape = tuple[int, ...]
 

@@ -197,7 +197,8 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
     if getattr(cls, "in_place", False):
         _complete(refs[cls.operands[0].name][0][0])
     inputs = {operand.name: _open(operand, refs[operand.name]) for operand in cls.operands}
-    if getattr(cls, "names_base", False) and inputs["base"] is None:
+    is_needed = getattr(step, "needs_base", True) or inputs.get("merged") is not None
+    if getattr(cls, "names_base", False) and inputs["base"] is None and is_needed:
         is_read = getattr(step, "reads_values", True) or inputs.get("merged") is not None
         inputs["base"] = open_named_base(inputs, is_read, bool(values["yes"]))
     result = step.run(*inputs.values())

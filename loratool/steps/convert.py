@@ -11,21 +11,30 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
 from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Provenance
-from loratool.binding import bind
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.engine import refusals
-from loratool.errors import InputError, MismatchError, Problem, UsageError, raise_problems
+from loratool.errors import (
+    InputError,
+    MismatchError,
+    Problem,
+    UsageError,
+    grouped,
+    raise_problems,
+    some,
+)
 from loratool.kinship import base_facts
 from loratool.linalg import RankPolicy
 from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option, spelling_of
+from loratool.reports import listed
 from loratool.respelling import named_for
-from loratool.skeleton import build_skeleton
+from loratool.skeleton import TASK_HEADS
+from loratool.underneath import Underneath, weights_below
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE
 
 if TYPE_CHECKING:
-    from loratool.converting import Converter, Underneath
+    from loratool.converting import Converter
 
 # The last part of a convolution's name; in UNets of single files it does not say so.
 _CONVOLUTION = re.compile(
@@ -35,6 +44,7 @@ _CONVOLUTION = re.compile(
 # it the smallest rank up to the same for this share of ||delta||^2.
 _USUAL_RANK = 64
 _USUAL_ENERGY = 0.999
+_FACTORS = ("low_rank", "experts")  # kinds of update that --lora-only keeps
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,9 @@ class Convert:
     for each tensor what was lost. Without --rank and --energy: exact up to rank 64, else the
     smallest rank up to 64 that captures 99.9% of ||delta||^2. What is low-rank already stays as it
     is (`loratool rescale` cuts that).
+
+    --lora-only leaves out what is not low-rank then (heads, norms, embeddings and biases that are
+    kept whole), for servers that take nothing else.
     """
 
     operands: ClassVar[tuple[Operand, ...]] = (
@@ -68,6 +81,9 @@ class Convert:
     rank: int | None = option(None, "with --to-lora: this rank at most")
     energy: float | None = option(
         None, "with --to-lora: the smallest rank that captures this share of ||delta||^2"
+    )
+    lora_only: bool = option(
+        False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
     drop: bool = option(False, "leave out what the format cannot carry")
     alpha: float | None = option(None, "the adapter's alpha, where its files do not say it")
@@ -89,8 +105,11 @@ class Convert:
 
     def __post_init__(self) -> None:
         # Wrong values are told before anything is opened.
-        if self.format is None and not self.to_lora:
-            raise UsageError("nothing to do: give --format (another format) or --to-lora, or both")
+        if self.format is None and not (self.to_lora or self.lora_only):
+            raise UsageError(
+                "nothing to do: give --format (another format), --to-lora or --lora-only, or "
+                "several of them"
+            )
         if not self.to_lora:
             for name in ("rank", "energy", "dtype"):
                 if getattr(self, name) is not None:
@@ -150,27 +169,33 @@ class Convert:
         if base is not None:
             writer = plugins.create("adapter_formats", self.format or adapter.format)
             adapter = named_for(adapter, base, *spelling_of(writer))
-        below = {} if base is None else _weights(adapter, base)
+        below = {} if base is None else weights_below(adapter, base)
         kept = {n: u for n, u in adapter.items() if base is None or n in below or not u.optional}
         planned, converter = dict(kept), None
         if self.to_lora and (chosen := _to_convert(kept)):
             _require_base(chosen, adapter, None if base is None else below)
             converter = self._converter(adapter)
             planned |= {n: converter.planned(u, below.get(n)) for n, u in chosen.items()}
+        left_out: dict[str, LazyUpdate] = {}
+        if self.lora_only:
+            left_out = {n: u for n, u in planned.items() if u.kind not in _FACTORS}
+            planned = {n: u for n, u in planned.items() if n not in left_out}
+            if not planned:
+                raise InputError(f"{adapter.label}: has no low-rank update: nothing would be left")
         changed = {n: KIND_NAMES[kept[n].kind] for n in planned if planned[n] is not kept[n]}
         result = replace(
-            adapter,
+            _without(adapter, left_out),
             updates=planned,
             format=self.format or adapter.format,
-            settings={} if changed else adapter.settings,
+            settings=adapter.lasting_settings if changed or left_out else adapter.settings,
             base_name=adapter.base_name or (base.hub_name if base is not None else ""),
             base_config=adapter.base_config if base is None else base.config,
             files={},
             path=None,
         )
-        grouped = _grouped_convolutions(changed, below, base)
-        result, dropped = self._fitting(result, adapter.label, grouped)
-        notes = (*adapter.notes, *dropped, *self._notes(kept, converter))
+        faults = _grouped_convolutions(changed, below)
+        result, dropped = self._fitting(result, adapter.label, faults)
+        notes = (*adapter.notes, *dropped, *self._notes(kept, left_out, converter))
         return replace(
             result,
             notes=notes,
@@ -214,15 +239,23 @@ class Convert:
             return result, ()
         faulty = {problem.tensor for problem in problems if problem.tensor in result}
         if not self.drop or len(faulty) < len({problem.tensor for problem in problems}):
-            raise MismatchError("\n".join([heading, *(f"  {text}" for text in _grouped(problems))]))
+            raise MismatchError("\n".join([heading, *(f"  {text}" for text in grouped(problems))]))
         updates = {name: u for name, u in result.items() if name not in faulty}
         if not updates:
             raise InputError(f"{heading} with --drop nothing is left to write")
         result = replace(result, updates=updates)
         raise_problems(heading, refusals(result, writer))
-        return result, tuple(f"left out: {text}" for text in _grouped(problems))
+        return result, tuple(f"left out: {text}" for text in grouped(problems))
 
-    def _notes(self, kept: Mapping[str, LazyUpdate], converter: Converter | None) -> Iterator[str]:
+    def _notes(
+        self,
+        kept: Mapping[str, LazyUpdate],
+        left_out: Mapping[str, LazyUpdate],
+        converter: Converter | None,
+    ) -> Iterator[str]:
+        if left_out:
+            kinds = ", ".join(counted_kinds(update.kind for update in left_out.values()))
+            yield f"left out: {kinds} ({listed(list(left_out), 3)}): what they change is lost"
         if not self.to_lora:
             return
         if converter is None:
@@ -230,13 +263,13 @@ class Convert:
         large = [n for n, u in kept.items() if u.kind == "low_rank" and u.rank and self._cuts(u)]
         if large:
             yield (
-                f"{_some(large)}: low-rank already, of a rank above {self.rank}: kept as it is "
+                f"{some(large)}: low-rank already, of a rank above {self.rank}: kept as it is "
                 f"(`loratool rescale --rank {self.rank}` cuts it)"
             )
-        whole = [name for name, update in kept.items() if update.is_whole]
+        whole = [n for n, update in kept.items() if update.is_whole and n not in left_out]
         if whole:
             yield (
-                f"{_some(whole)}: set, not changed: kept whole, which servers that take factors "
+                f"{some(whole)}: set, not changed: kept whole, which servers that take factors "
                 "alone (vLLM) refuse"
             )
 
@@ -303,6 +336,20 @@ def _to_convert(updates: Mapping[str, LazyUpdate]) -> dict[str, LazyUpdate]:
     }
 
 
+def _without(adapter: Adapter, left_out: Mapping[str, LazyUpdate]) -> Adapter:
+    """The adapter less some updates, as one for the base's own class of model."""
+    if not left_out:
+        return adapter
+    return replace(
+        adapter,
+        context={name: t for name, t in adapter.context.items() if name not in left_out},
+        task_type=None if adapter.task_type in TASK_HEADS else adapter.task_type,
+        model_files={},
+        model_config=None,
+        dropped=(),
+    )
+
+
 def _require_base(
     chosen: Mapping[str, LazyUpdate], adapter: Adapter, below: Mapping[str, Underneath] | None
 ) -> None:
@@ -317,7 +364,7 @@ def _require_base(
     if below is not None:
         if missing := [update.name for update in relative if update.name not in below]:
             raise InputError(
-                f"{adapter.label}: {_some(missing)}: shares its values with another tensor, and "
+                f"{adapter.label}: {some(missing)}: shares its values with another tensor, and "
                 "has none of its own in the base: leave it out of the adapter"
             )
         return
@@ -331,7 +378,7 @@ def _require_base(
     unclear = [name for name, update in chosen.items() if _may_be_convolution(update)]
     if unclear:
         raise InputError(
-            f"{adapter.label}: {_some(unclear)}: does not say the kernel of its convolution: give "
+            f"{adapter.label}: {some(unclear)}: does not say the kernel of its convolution: give "
             f"the base with --base{named}"
         )
 
@@ -342,58 +389,22 @@ def _may_be_convolution(update: LazyUpdate) -> bool:
     return len(update.shape) == 2 and _CONVOLUTION.search(module.rpartition(".")[2]) is not None
 
 
-def _weights(adapter: Adapter, base: Checkpoint) -> dict[str, Underneath]:
-    """Update -> the base's weight below it.
-
-    Raises:
-        MismatchError: the adapter does not fit the base; all complaints at once.
-    """
-    from loratool.converting import Underneath
-
-    binding = bind(adapter, base)
-    raise_problems(f"{adapter.label} does not fit {base.label}:", binding.problems)
-    found: dict[str, Underneath] = {}
-    for bound in binding.changed.values():
-        under = Underneath(base[bound.tensor], bound.transposed)
-        found.setdefault(bound.update.name, under)
-    return found
-
-
-def _grouped_convolutions(
-    changed: Iterable[str], below: Mapping[str, Underneath], base: Checkpoint | None
-) -> list[Problem]:
+def _grouped_convolutions(changed: Iterable[str], below: Mapping[str, Underneath]) -> list[Problem]:
     """Complaints about low-rank updates of convolutions in groups, where the base tells of them.
 
     The factors that libraries train for these let every group see all inputs, which the weight of
     such a convolution does not.
     """
-    kernels = {n: below[n] for n in changed if n in below and len(below[n].shape) > 2}
-    if base is None or not kernels:
-        return []
-    groups = build_skeleton(base.config, {n: t.shape for n, t in base.items()}).groups
     return [
         Problem(
             "error",
             name,
-            f"is for a convolution in {groups[under.tensor.name]} groups, which plain LoRA has no "
-            "form for that can be merged: leave it out (--drop)",
+            f"is for a convolution in {below[name].groups} groups, which plain LoRA has no form "
+            "for that can be merged: leave it out (--drop)",
         )
-        for name, under in kernels.items()
-        if under.tensor.name in groups
+        for name in changed
+        if name in below and below[name].groups > 1
     ]
-
-
-def _grouped(problems: list[Problem]) -> list[str]:
-    """Complaints with the names that they are about, each once."""
-    names: dict[str, list[str]] = {}
-    for problem in problems:
-        names.setdefault(problem.message, []).append(problem.tensor)
-    return [f"{_some(tensors)}: {message}" for message, tensors in names.items()]
-
-
-def _some(names: list[str]) -> str:
-    """The first name, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _facts(step: Convert, adapter: Adapter, converter: Converter | None) -> dict[str, Any]:

@@ -305,7 +305,8 @@ def _dequantized_note(base: Checkpoint, dtype: str | None) -> str:
 def _counts(parts: Sequence[Part]) -> dict[str, int]:
     changed = [bound for part in parts for bound in part.binding.changed.values()]
     return {
-        "updated": len({b.tensor for b in changed if b.update.kind != "replacement"}),
+        "updated": len({b.tensor for b in changed if not b.update.is_whole}),
+        "with rows replaced": len({b.tensor for b in changed if b.update.kind == "rows"}),
         "replaced whole": len({b.tensor for b in changed if b.update.kind == "replacement"}),
         "added": len({name for part in parts for name in part.binding.added}),
         "left out that the fine-tuned model does not have": len(

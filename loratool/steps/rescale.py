@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loratool.adapter import Adapter, Provenance
 from loratool.digests import combine_digests
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError, UsageError, raise_problems
+from loratool.errors import InputError, UsageError, raise_grouped, raise_problems
 from loratool.linalg import RankPolicy
+from loratool.outcome import counted_kinds
 from loratool.plugins import Operand, option
 from loratool.reports import counted, format_bytes
+from loratool.rescale_request import Request, sort
 from loratool.shards import parse_size
 
 if TYPE_CHECKING:
-    from loratool.rescaling import Request, Rescaler
+    from loratool.rescaling import Rescaler
 
 
 @dataclass(frozen=True)
 class Rescale:
     """Change an adapter's strength, alpha, rank, size or layout. It needs no base.
+
+    Every linear kind of update has a strength: low-rank updates of any weight, of experts, of
+    biases (lora_bias, which follow the factors beside them), full-size deltas, LoHa and LoKr. A
+    rank can be cut only of factors A and B; all experts of a weight keep one rank, so large that
+    the limits hold for each. DoRA and IA3 depend on the base and have to be made plain LoRA first
+    (`loratool convert --to-lora`). What is replaced whole stays as it is.
 
     First the delta is decided (--by, --alpha), then how much of it is kept (--rank, --energy,
     --ratio, --budget; together they all hold), then how it is written (--alpha with --keep-delta,
@@ -53,6 +61,10 @@ class Rescale:
     normalize: bool = option(
         False, "one rank for all, alpha = rank, no patterns: what every server loads"
     )
+    pad: int | None = option(
+        None, "with --normalize: zeros up to this rank, for servers that take certain ranks only",
+        metavar="RANK",
+    )  # fmt: skip
     balance: bool = option(False, "make A and B equally long; the delta stays the same")
     dtype: str | None = option(
         None, "type of the factors (default: theirs)", choices=tuple(FLOAT_NAMES)
@@ -77,6 +89,11 @@ class Rescale:
             raise UsageError("--keep-delta says what --alpha leaves alone: give --alpha, too")
         if self.alpha is not None and self.normalize:
             raise UsageError("--normalize makes alpha the rank: leave --alpha out")
+        if self.pad is not None and (self.pad < 1 or not self.normalize or self.budget is not None):
+            raise UsageError(
+                f"--pad {self.pad}: is a rank from 1 up, goes with --normalize (one rank for all), "
+                "and does not go with --budget"
+            )
         if self.alpha is not None and not self.keep_delta:
             self._check_strength()
         if self.budget is not None:
@@ -105,8 +122,6 @@ class Rescale:
             )
 
     def _request(self, adapter: Adapter) -> Request:
-        from loratool.rescaling import Request
-
         return Request(
             by=1.0 if self.by is None else self.by,
             alpha=self.alpha,
@@ -115,6 +130,7 @@ class Rescale:
             policy=self._policy(),
             budget=parse_size(self.budget) if self.budget is not None else None,
             normalize=self.normalize,
+            pad=self.pad or 0,
             balance=self.balance,
             dtype=parse_float_dtype(self.dtype) if self.dtype else None,
         )
@@ -128,28 +144,34 @@ class Rescale:
         """Plan every update by headers; nothing is computed yet.
 
         Raises:
-            MismatchError: the adapter's files contradict themselves; all complaints at once.
-            InputError: it has no low-rank updates, or the budget is too small for any of them.
+            MismatchError: the adapter's files contradict themselves, or it holds kinds of updates
+                that cannot be rescaled so; all complaints at once.
+            InputError: it has nothing that can be rescaled, or the budget is too small for any of
+                it.
         """
-        raise_problems(f"{adapter.label} cannot be rescaled:", adapter.problems)
-        low_rank = {name: u for name, u in adapter.items() if u.kind == "low_rank"}
-        if not low_rank:
-            raise InputError(f"{adapter.label}: has no low-rank updates: nothing can be rescaled")
+        heading = f"{adapter.label} cannot be rescaled:"
+        raise_problems(heading, adapter.problems)
+        request = self._request(adapter)
+        updates = sort(adapter, request)
+        raise_grouped(heading, updates.problems)
+        if updates.is_empty and not request.is_identity:
+            raise InputError(
+                f"{adapter.label}: has no low-rank updates or other deltas: nothing can be rescaled"
+            )
         from loratool.rescaling import Rescaler
 
-        rescaler = Rescaler(self._request(adapter), low_rank, adapter.label)
-        planned = {name: rescaler.planned(update) for name, update in low_rank.items()}
+        rescaler = Rescaler(request, updates, adapter.label)
         return replace(
             adapter,
-            updates={**adapter.updates, **planned},
-            settings={},
+            updates={name: rescaler.planned(update) for name, update in adapter.items()},
+            settings=_lasting(adapter),
             files={},
             notes=(*adapter.notes, *self._notes(adapter)),
             rslora=adapter.rslora and not self.normalize,
             provenance=Provenance(
                 "Rescaling",
                 "Rescaled",
-                f"A low-rank adapter rescaled by loratool: {', '.join(self._words())}.",
+                f"An adapter rescaled by loratool: {', '.join(self._words())}.",
                 lambda: _lines(self, rescaler),
                 skipped="left out",
                 nothing=f"{adapter.label}: no update is left to write",
@@ -174,23 +196,32 @@ class Rescale:
         if self.budget is not None:
             yield f"factors of {self.budget} at most"
         if self.normalize:
-            yield "one rank for all, alpha = rank"
+            least = f", padded to {self.pad}" if self.pad else ""
+            yield f"one rank for all{least}, alpha = rank"
         if self.balance:
             yield "A and B equally long"
         if self.dtype is not None:
             yield f"{self.dtype} factors"
 
     def _notes(self, adapter: Adapter) -> Iterator[str]:
-        whole = [name for name, update in adapter.items() if update.kind == "replacement"]
+        whole = {name: update.kind for name, update in adapter.items() if update.is_whole}
         if not whole:
             return
-        kept = (
-            f"{counted(len(whole), 'tensor')} kept whole ({whole[0]}{', ...' * (len(whole) > 1)})"
-        )
+        counts = " and ".join(counted_kinds(whole.values()))
+        kept = f"{counts} ({next(iter(whole))}{', ...' * (len(whole) > 1)})"
         if self.by is not None or (self.alpha is not None and not self.keep_delta):
             yield f"{kept}: no strength can scale these"
         if self.normalize:
             yield f"{kept}: servers that take factors alone (vLLM) refuse such an adapter"
+
+
+def _lasting(adapter: Adapter) -> dict[str, Any]:
+    """What stays true of the adapter's own settings, and the updates themselves do not say."""
+    lasting: tuple[str, ...] = ()
+    if adapter.settings.get("peft_type") == "LOKR":  # whose factors do not tell all of it
+        lasting = ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor")
+    kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
+    return {**kept, **adapter.lasting_settings}
 
 
 def _base_facts(adapter: Adapter) -> dict[str, Any]:
@@ -206,13 +237,15 @@ def _lines(step: Rescale, rescaler: Rescaler) -> tuple[str, ...]:
     results = rescaler.results
     if not results:
         return ()
-    ranks, scales = (_span(getattr(r, key) for r in results.values()) for key in ("rank", "scale"))
-    lines = [f"rank {ranks}, scale {scales}"]
+    factored = [result for result in results.values() if result.rank]
+    scales = _span(result.scale for result in factored or results.values())
+    ranks = f"rank {_span(result.rank for result in factored)}, " if factored else ""
+    lines = [f"{ranks}scale {scales}"]
     strengths = [r.strength for r in results.values() if r.strength is not None]
     if step.alpha is not None and not step.keep_delta and strengths:
         lines.append(f"another alpha: the delta is now {_span(strengths)} times what it was")
     if step.budget is not None:
-        spent = format_bytes(sum(r.nbytes for r in results.values()))
+        spent = format_bytes(sum(result.nbytes for result in factored))
         lines.append(f"factors: {spent} of the {format_bytes(parse_size(step.budget))} allowed")
     if left_out := sorted(rescaler.left_out):
         lines.append(

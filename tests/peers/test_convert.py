@@ -18,6 +18,9 @@ import loratool
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.updates import LoHa
 from tests import updates as some
+from tests.memory_models import TINY, loaded, outputs
+from tests.models import distance
+from tests.peers.peft_side import load_strictly
 from tests.peers.test_peft_kinds import CASES, LYCORIS, Net, lora, made
 
 FULL = 24  # at least the rank of every weight of the net
@@ -111,6 +114,27 @@ def test_biases_that_peft_cannot_hold_beside_others_are_left_out_if_asked(tmp_pa
     for key, value in wanted.items():
         is_bias = key.endswith(".bias")
         torch.testing.assert_close(found[key], start[key] if is_bias else value, msg=key)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "mixtral"])
+def test_dora_against_a_base_that_stores_its_weights_otherwise(name: str, tmp_path: Path) -> None:
+    """Other names than in memory, and halves of fused tensors."""
+    TINY[name].build().save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "o_proj", *["gate_proj", "up_proj", "down_proj"] * (name == "dinov2")]
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True)
+    model = peft.get_peft_model(loaded(TINY[name], tmp_path / "base"), config)
+    generator = torch.Generator().manual_seed(5)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = (parameter + noise).abs() if "magnitude" in key else noise
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = outputs(model.eval())
+    base = tmp_path / "base"
+    loratool.convert(tmp_path / "adapter", base, to_lora=True, rank=64).save(tmp_path / "lora")
+    start = loaded(TINY[name], base)
+    assert distance(outputs(start), wanted) > 1e-2
+    assert distance(outputs(load_strictly(start, tmp_path / "lora")), wanted) < 1e-5
 
 
 def test_a_convolution_in_groups_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,26 @@ def test_factors_of_a_tied_embedding_are_the_heads_too(
     torch.testing.assert_close(change, table, rtol=1e-4, atol=1e-6)
 
 
+def test_a_tied_embedding_stays_tied_when_it_is_calculated_with(
+    pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    pair, adapter = pair_of("llama-tied"), tmp_path / "adapter"
+    loratool.extract(pair.base, pair.tuned, rank=FULL, embeddings="lowrank").save(adapter)
+    name = "model.embed_tokens.weight"
+    base = load_file(pair.base / "model.safetensors")[name]
+    change = load_file(pair.tuned / "model.safetensors")[name] - base
+    results = {
+        "rescaled": loratool.rescale(adapter, by=0.5),
+        "stacked": loratool.stack([(adapter, 0.5)]),
+        "converted": loratool.rescale(loratool.convert(adapter, to_lora=True), by=0.5),
+    }
+    for place, result in results.items():
+        result.save(tmp_path / place)
+        merged = loratool.merge(pair.base, [(tmp_path / place, 1.0)])
+        found = merged[name].read() - base
+        torch.testing.assert_close(found, change / 2, rtol=1e-4, atol=1e-6)
+
+
 def test_lora_only_takes_embeddings_along_if_asked(
     pair_of: Callable[[str], Pair], tmp_path: Path
 ) -> None:

@@ -99,10 +99,11 @@ def objection(file: Path, style: str, wanted: str) -> str:
         found = styles_of(names_in(file))
     except InputError as error:
         return str(error).removeprefix(f"{file}: ")
-    return f"keys are not {wanted}" if style not in found else _mixture(found)
+    return f"keys are not {wanted}" if style not in found else mixture(found)
 
 
-def _mixture(found: Mapping[str, str]) -> str:
+def mixture(found: Mapping[str, str]) -> str:
+    """What is wrong with a file whose keys are of these styles; "" for one style."""
     if len(found) < 2:
         return ""
     keys = " and ".join(f"{name} ({style})" for style, name in list(found.items())[:2])
@@ -111,5 +112,5 @@ def _mixture(found: Mapping[str, str]) -> str:
 
 def require_one_style(file: Path, names: Iterable[str]) -> None:
     """Raise FormatError, naming one key of each, if a file holds keys of two formats."""
-    if mixture := _mixture(styles_of(names)):
-        raise FormatError(f"{file}: {mixture}")
+    if message := mixture(styles_of(names)):
+        raise FormatError(f"{file}: {message}")

@@ -143,21 +143,39 @@ def torchtune_as_peft(
         if name is None:
             problems.append(Problem("error", key, "is no factor of a module that is known"))
             continue
-        count = _heads(name, config) if name.endswith(("lora_B.weight", "_vector")) else 1
-        if count is None:
-            message = (
-                "torchtune interleaves its rows by the base's heads: give the base, with its "
-                "config.json (--base)"
-            )
-            problems.append(Problem("error", key, message))
-        elif count > 1 and tensor.shape[0] % (2 * count):
-            message = "its rows are no such number of heads: is this its base?"
-            problems.append(
-                Problem("error", key, message, f"{count} heads", f"{tensor.shape[0]} rows")
-            )
+        turned = name.endswith(("lora_B.weight", "_vector"))
+        ordered = _ordered(key, tensor, _heads(name, config) if turned else 1)
+        if isinstance(ordered, Problem):
+            problems.append(ordered)
         else:
-            found[name] = in_order(tensor, count) if count > 1 else tensor
+            found[name] = ordered
     return found, problems
+
+
+def magnitude_in_order(
+    key: str, tensor: LazyTensor, config: Mapping[str, Any] | None
+) -> LazyTensor | Problem:
+    """One of `magnitudes_out_of_order` in transformers' order of rows, or what is wrong.
+
+    Args:
+        key: the file's.
+        tensor: (out,).
+        config: the base's config.json; None if not known.
+    """
+    return _ordered(key, tensor, _heads(key.removesuffix(".weight"), config))
+
+
+def _ordered(key: str, tensor: LazyTensor, heads: int | None) -> LazyTensor | Problem:
+    if heads is None:
+        message = (
+            "torchtune interleaves its rows by the base's heads: give the base, with its "
+            "config.json (--base)"
+        )
+        return Problem("error", key, message)
+    if heads > 1 and tensor.shape[0] % (2 * heads):
+        message = "its rows are no such number of heads: is this its base?"
+        return Problem("error", key, message, f"{heads} heads", f"{tensor.shape[0]} rows")
+    return in_order(tensor, heads) if heads > 1 else tensor
 
 
 def _heads(name: str, config: Mapping[str, Any] | None) -> int | None:

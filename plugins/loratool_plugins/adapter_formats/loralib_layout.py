@@ -260,7 +260,7 @@ class Reader:
         rows = size * len(slots)
 
         def place(update: LowRank) -> LowRank:
-            return replace(update, b=_placed(update.b, places, rows))
+            return replace(update, b=placed(update.b, places, rows))
 
         return self._low_rank(pair, (rows, pair.a.shape[1]), pair.rank, pair.a.shape[0], place)
 
@@ -337,7 +337,7 @@ def _repeated(a: torch.Tensor, times: int) -> torch.Tensor:
     return whole.view(times * rank, times * width)
 
 
-def _placed(b: torch.Tensor, places: Sequence[int], rows: int) -> torch.Tensor:
+def placed(b: torch.Tensor, places: Sequence[int], rows: int) -> torch.Tensor:
     """B of several products as one: group i's rows in slot places[i], in columns of its own.
 
     Args:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loratool.adapter import Adapter, LazyUpdate
+from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
-from loratool.errors import FormatError, InputError, Problem
+from loratool.errors import FormatError, Problem
 from loratool.files import is_file
 from loratool.json_files import MANIFEST, read_json
-from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import Kind, Update
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats import _ours, peft_config
+from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats.peft_config import check_settings
-from loratool_plugins.adapter_formats.peft_reader import PREFIX, Reader
+from loratool_plugins.adapter_formats.peft_files import WEIGHTS, open_weights
+from loratool_plugins.adapter_formats.peft_reader import Reader
 from loratool_plugins.adapter_formats.peft_writer import CARRIES, refusals, spool_all
-from loratool_plugins.checkpoint_formats.torch import load_lazily
 from loratool_plugins.executors.serial import Serial
 
 if TYPE_CHECKING:
     import torch
 
 _CONFIG = peft_config.FILE
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT's config says by itself.
 _SAID = (
-    "task_type", "base_name", "naming", "rslora", "short_targets", "transposed", "settings",
+    "task_type", "base_name", "naming", "rslora", "short_targets", "settings",
 )  # fmt: skip
 
 
@@ -65,37 +64,7 @@ class Peft:
             InputError: a file is missing or cannot be read.
             FormatError: it is malformed, or of a kind that loratool cannot merge yet.
         """
-        settings = read_json(path / _CONFIG)
-        checked = check_settings(path / _CONFIG, settings)
-        weights, tensors, metadata = _open_weights(path)
-        reader = Reader(checked, tensors)
-        updates = reader.updates()
-        ours = _ours.restored(_ours.parsed(metadata.get(_ours.KEY), str(weights)), str(weights))
-        model_files, config = _ours.model_files(path)
-        own = [file for file in (path / _CONFIG, weights, path / MANIFEST) if is_file(file)]
-        return Adapter(
-            updates,
-            model_files=model_files,
-            model_config=config,
-            dropped=ours["dropped"],
-            task_type=settings.get("task_type"),
-            base_name=str(settings.get("base_model_name_or_path") or ""),
-            base_revision=str(settings.get("revision") or ours.get("base_revision", "")),
-            base_config=ours.get("base_config"),
-            tied=ours["tied"],
-            moves=ours["moves"],
-            settings={**ours["settings"], **settings},
-            layout=ours["layout"],
-            context=reader.replaced,
-            rslora=bool(settings.get("use_rslora")),
-            short_targets=_short_targets(settings, updates),
-            files={
-                **{file.name: file for file in own},
-                **{f"model/{name}": file for name, file in model_files.items()},
-            },
-            problems=tuple(reader.problems),
-            path=path,
-        )
+        return _open(path, FormatOptions())
 
     def write(
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
@@ -111,27 +80,70 @@ class Peft:
                 return
             layout = plan.layout()
             tensors = dict(plan.tensors(layout))
-            tensors |= {key: adapter.context[name] for key, name in layout.whole.items()}
+            context = plan.adapter.context
+            tensors |= {key: context[name] for key, name in layout.whole.items()}
             if layout.placeholder:
-                tensors |= _placeholder(spool, adapter, layout.placeholder)
+                tensors |= _placeholder(spool, plan.adapter, layout.placeholder)
             # Settings of formats of diffusion models come back with kohya's names for it.
             said = [name for name in _SAID if not (name == "settings" and adapter.layout)]
             metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said)}
-            write_safetensors(folder / _WEIGHTS[0], tensors, metadata, Serial())
+            write_safetensors(folder / WEIGHTS[0], tensors, metadata, Serial())
         config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _open_weights(path: Path) -> tuple[Path, dict[str, LazyTensor], Mapping[str, str]]:
-    for name in _WEIGHTS:
-        file = path / name
-        if not is_file(file):
-            continue
-        if file.suffix == ".safetensors":
-            header = read_header(file)
-            return file, lazy_tensors(file, header), header.metadata
-        return file, load_lazily(file), {}
-    raise InputError(f"{path / _WEIGHTS[0]}: missing, but {_CONFIG} is there")
+def _open(path: Path, options: FormatOptions) -> Adapter:
+    """Open it with what its files do not say."""
+    settings = read_json(path / _CONFIG)
+    checked = check_settings(path / _CONFIG, settings)
+    config = None if options.base is None else options.base.config
+    weights = open_weights(path, settings, config)
+    reader = Reader(checked, weights.tensors)
+    updates = reader.updates()
+    said = _ours.parsed(weights.metadata.get(_ours.KEY), str(weights.file))
+    ours = _ours.restored(said, str(weights.file))
+    if _ours.KEY in weights.metadata:
+        updates = _oriented(updates, ours["transposed"])
+    model_files, model_config = _ours.model_files(path)
+    own = [file for file in (path / _CONFIG, weights.file, path / MANIFEST) if is_file(file)]
+    return Adapter(
+        updates,
+        model_files=model_files,
+        model_config=model_config,
+        dropped=ours["dropped"],
+        task_type=settings.get("task_type"),
+        base_name=str(settings.get("base_model_name_or_path") or ""),
+        base_revision=str(settings.get("revision") or ours.get("base_revision", "")),
+        base_config=ours.get("base_config"),
+        tied=ours["tied"],
+        moves=ours["moves"],
+        settings={**ours["settings"], **settings},
+        layout=ours["layout"],
+        context=reader.replaced,
+        rslora=bool(settings.get("use_rslora")),
+        short_targets=_short_targets(settings, updates),
+        files={
+            **{file.name: file for file in own},
+            **{f"model/{name}": file for name, file in model_files.items()},
+        },
+        notes=(*weights.notes, *reader.notes),
+        problems=(*weights.problems, *reader.problems),
+        rereading=Rereading(frozenset({"base"}), updates, lambda told: _open(path, told))
+        if weights.asks_for_base
+        else None,
+        path=path,
+    )
+
+
+def _oriented(
+    updates: Mapping[str, LazyUpdate], transposed: Collection[str]
+) -> dict[str, LazyUpdate]:
+    """Experts' updates with what a file that loratool wrote says of how the base stores them."""
+
+    def oriented(update: LazyUpdate) -> LazyUpdate:
+        return replace(update, transposed=True if update.name in transposed else None)
+
+    return {n: oriented(u) if u.kind == "experts" else u for n, u in updates.items()}
 
 
 def _short_targets(

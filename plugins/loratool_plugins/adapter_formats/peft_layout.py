@@ -22,7 +22,7 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.errors import InputError
 from loratool.skeleton import TASK_HEADS
-from loratool_plugins.adapter_formats.peft_reader import PREFIX
+from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 
 
 @dataclass(frozen=True)

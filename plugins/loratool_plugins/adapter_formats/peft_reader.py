@@ -27,13 +27,18 @@ from loratool.updates import (
     Rows,
     Update,
 )
+from loratool_plugins.adapter_formats._peft_dialects import (
+    PREFIX,
+    Order,
+    by_expert,
+    expert_order,
+)
 from loratool_plugins.adapter_formats._products import product
+from loratool_plugins.adapter_formats.loralib_layout import placed
 from loratool_plugins.adapter_formats.peft_config import Settings
 
 if TYPE_CHECKING:
     import torch
-
-PREFIX = "base_model.model."
 
 # What PEFT's layers are made of: (key after the module's name, part).
 _PART = re.compile(
@@ -41,8 +46,6 @@ _PART = re.compile(
     r"|lora_embedding_[AB]|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|ia3_l"
     r"|(token_adapter\.)?trainable_tokens_delta)"
 )
-# With bias="all" PEFT saves the biases of modules_to_save again, under the names of its wrapper.
-_WRAPPED = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(base_layer|original_module)\..+")
 
 # Method -> how its keys begin.
@@ -55,6 +58,8 @@ _KEYS_OF = {
 }
 
 Parts = dict[str, LazyTensor]
+
+_DIMENSIONS = (2, 3, 4, 5)  # of the factors of matrices, and of convolutions
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
         self.replaced: dict[str, LazyTensor] = {}  # parameter -> its new value
 
     def updates(self) -> dict[str, LazyUpdate]:
@@ -81,8 +87,6 @@ class Reader:
             name = key.removeprefix(PREFIX)
             if name == key:
                 self._complain(key, f"unexpected key: PEFT's keys start with {PREFIX!r}")
-            elif (plain := _WRAPPED.sub("", key)) != key and plain in self.tensors:
-                continue
             elif match := _PART.fullmatch(name):
                 part = match["part"].removeprefix("token_adapter.")
                 if part.partition("_")[0] in _KEYS_OF[self.settings.method]:
@@ -138,6 +142,9 @@ class Reader:
         for tensor in parts.values():
             if not is_float(tensor.dtype):
                 self._complain(tensor.name, "factors must be floats", "a float", tensor.dtype)
+        if not all(tensor.numel for tensor in parts.values()):
+            self._complain(module, "its factors are empty")
+            return []
         if set(parts) == {"trainable_tokens_delta"}:
             return self._tokens(module, parts["trainable_tokens_delta"])
         if "trainable_tokens_delta" in parts:
@@ -165,7 +172,9 @@ class Reader:
         if not self._has_all(module, parts, keys):
             return []
         a, b = (parts[key] for key in keys)
-        if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3, 4, 5):
+        if (slots := self.settings["enable_lora"]) and not embedding:
+            return self._merged(module, a, b, slots)
+        if len(a.shape) != len(b.shape) or len(a.shape) not in ((2,) if embedding else _DIMENSIONS):
             self._complain(module, "lora_A and lora_B are no factors", "", f"{a.shape}, {b.shape}")
             return []
         if self.settings["target_parameters"] and not embedding and self._parameter(module):
@@ -205,11 +214,36 @@ class Reader:
             update = replace(update, transposed=False, embedding=True)
         return [update, *self._lora_bias(module, parts.get("lora_B.bias"), shape[0], scale)]
 
+    def _merged(self, module: str, a: LazyTensor, b: LazyTensor, slots: object) -> list[LazyUpdate]:
+        """An old MergedLinear: one product for each enabled part of a fused weight."""
+        if not isinstance(slots, list) or not any(slots):
+            self._complain(module, "enable_lora is no list that enables a part", "", f"{slots}")
+            return []
+        places = [number for number, enabled in enumerate(slots) if enabled]
+        rank, groups = b.shape[1], len(places)
+        height, rest = divmod(b.shape[0], groups)
+        if rest or a.shape[0] != groups * rank or rank != self.settings.rank(module):
+            message = "its factors are not those of the parts that enable_lora names"
+            expected = f"lora_A of {groups} * {self.settings.rank(module)} rows"
+            self._complain(module, message, expected, f"{a.shape}, {b.shape}")
+            return []
+        scale = self.settings.scale(module, self._complain)
+        rows = height * len(slots)
+
+        def load() -> LowRank:
+            whole = placed(b.read().reshape(-1, rank), places, rows)
+            return LowRank(a.read().reshape(groups * rank, -1), whole, scale)
+
+        shape = (rows, a.shape[1])
+        update = self._update(f"{module}.weight", "low_rank", shape, a, load, [a, b], groups * rank)
+        known = True if self.settings["fan_in_fan_out"] else None
+        return [replace(update, transposed=known)]
+
     def _check_rank(self, module: str, a: LazyTensor, b: LazyTensor, rank: int) -> bool:
         wanted = self.settings.rank(module)
         if rank != b.shape[1]:
             message = "lora_A and lora_B have different ranks"
-            if len(b.shape) > 2 and rank % b.shape[1] == 0:
+            if len(b.shape) > 2 and b.shape[1] and rank % b.shape[1] == 0:
                 message = (
                     "lora_B is grouped, lora_A is not: every group of the convolution would have "
                     "to see all inputs, which its weight does not; PEFT cannot merge it either"
@@ -255,7 +289,8 @@ class Reader:
     def _experts(self, module: str, a: LazyTensor, b: LazyTensor) -> list[LazyUpdate]:
         name = self._parameter(module) or module
         rank = self.settings.rank(name)
-        if not isinstance(rank, int) or a.shape[0] % rank or b.shape[1] != a.shape[0]:
+        whole = isinstance(rank, int) and rank > 0 and len(a.shape) == 2
+        if not whole or a.shape[0] % rank or b.shape[1] != a.shape[0]:
             self._complain(
                 name, "its factors are no multiple of the rank", f"{rank} * experts", f"{a.shape}"
             )
@@ -267,9 +302,21 @@ class Reader:
             factors = _factor_loader(a, b, scale)
             return [self._update(name, "low_rank", shape, a, factors, [a, b], rank)]
         shape = (number, b.shape[0], a.shape[1])
-        load = _expert_loader(a, b, number, scale)
+        load = _expert_loader(a, b, number, scale, self._expert_order())
         update = self._update(name, "experts", shape, a, load, [a, b], rank)
         return [replace(update, transposed=self._experts_transposed())]
+
+    def _expert_order(self) -> Order:
+        """Whether lora_B's columns are in unsloth's former order."""
+        found = expert_order(self.settings.values)
+        if found.fault:
+            self._complain(str(self.settings.path), found.fault)
+        if not found.told and found.order != "rank_major" and not self.notes:
+            self.notes.append(
+                f"{self.settings.path}: unsloth wrote it and says no lora_B_layout: each expert's "
+                "columns of lora_B are taken to lie side by side, as it wrote them then"
+            )
+        return found.order
 
     def _experts_transposed(self) -> bool | None:
         """What PEFT took the middle dimension of an expert weight for: up to 0.18, the inputs."""
@@ -280,7 +327,7 @@ class Reader:
 
     def _loha(self, module: str, parts: Parts) -> list[LazyUpdate]:
         names = [f"hada_{w}_{side}" for w in ("w1", "w2") for side in "ab"]
-        if not self._has_all(module, parts, names):
+        if not self._has_all(module, parts, names) or not self._fit(module, parts, "hada"):
             return []
         tucker = "hada_t1" in parts
         left, right = parts["hada_w1_a"], parts["hada_w1_b"]
@@ -296,13 +343,17 @@ class Reader:
         return [self._update(f"{module}.weight", "loha", shape, left, load, stored)]
 
     def _lokr(self, module: str, parts: Parts) -> list[LazyUpdate]:
+        for w in ("w1", "w2"):
+            halves = [f"lokr_{w}_a", f"lokr_{w}_b"]
+            if f"lokr_{w}" not in parts and not self._has_all(module, parts, halves):
+                return []
+        if not self._fit(module, parts, "lokr"):
+            return []
         shapes = []
         for w in ("w1", "w2"):
             if f"lokr_{w}" in parts:
                 shapes.append(parts[f"lokr_{w}"].shape)
                 continue
-            if not self._has_all(module, parts, [f"lokr_{w}_a", f"lokr_{w}_b"]):
-                return []
             left, right = parts[f"lokr_{w}_a"], parts[f"lokr_{w}_b"]
             if w == "w2" and "lokr_t2" in parts:
                 shapes.append((left.shape[1], right.shape[1], *_kernel(parts["lokr_t2"])))
@@ -359,10 +410,11 @@ class Reader:
 
     def _tokens(self, module: str, rows: LazyTensor) -> list[LazyUpdate]:
         indices = self.settings.indices(module)
-        if len(indices) != rows.shape[0] or len(set(indices)) != len(indices):
+        number = rows.shape[0] if len(rows.shape) == 2 else -1
+        if len(indices) != number or len(set(indices)) != len(indices):
             self._complain(
                 rows.name, "the config does not say which rows these are, each once",
-                f"{rows.shape[0]} indices", f"{len(indices)}",
+                "a table with as many rows", f"{rows.shape}, {len(indices)} indices",
             )  # fmt: skip
             return []
         load = _loader(lambda: Rows(indices, rows))
@@ -370,6 +422,23 @@ class Reader:
         return [replace(update, rows=indices)]
 
     # What they share
+
+    def _fit(self, module: str, parts: Parts, family: str) -> bool:
+        """Whether the tensors of both matrices go together; complains of those that do not."""
+        sizes = []
+        for which in ("w1", "w2"):
+            size = _matrix_size(parts, family, which)
+            if size is None:
+                shapes = [f"{t.shape}" for key, t in parts.items() if which in key or "_t" in key]
+                message = f"the tensors of {family}_{which} do not go together"
+                self._complain(module, message, "matrices", ", ".join(shapes))
+                return False
+            sizes.append(size)
+        if family == "hada" and sizes[0] != sizes[1]:
+            message = "its two matrices have different shapes"
+            self._complain(module, message, f"{sizes[0]}", f"{sizes[1]}")
+            return False
+        return True
 
     def _has_all(self, module: str, parts: Parts, names: tuple[str, ...] | list[str]) -> bool:
         missing = [name for name in names if name not in parts]
@@ -428,16 +497,34 @@ def _dora_loader(
     return lambda: DoRA(load(), magnitude.read().reshape(-1), axis)
 
 
-def _expert_loader(a: LazyTensor, b: LazyTensor, number: int, scale: float) -> Callable[[], Update]:
-    """A is stored expert by expert, B with the expert changing fastest."""
+def _expert_loader(
+    a: LazyTensor, b: LazyTensor, number: int, scale: float, order: Order
+) -> Callable[[], Update]:
+    """A is stored expert by expert, B with the expert changing fastest, if PEFT wrote it."""
 
     def load() -> Update:
         first, second = a.read(), b.read()
         rank = first.shape[0] // number
-        by_expert = second.reshape(second.shape[0], rank, number).permute(2, 0, 1)
-        return Experts(first.reshape(number, rank, -1), by_expert, scale)
+        columns = by_expert(second, number, order)
+        return Experts(first.reshape(number, rank, -1), columns, scale)
 
     return load
+
+
+def _matrix_size(parts: Parts, family: str, which: str) -> tuple[int, int] | None:
+    """The rows and columns, kernel included, of a matrix by headers; None if there is none."""
+    if (whole := parts.get(f"{family}_{which}")) is not None:
+        flat, shape = (family, which) == ("lokr", "w1"), whole.shape
+        fits = len(shape) == 2 if flat else len(shape) > 1
+        return (shape[0], math.prod(shape[1:])) if fits else None
+    left, right = (parts[f"{family}_{which}_{side}"].shape for side in "ab")
+    core = parts.get(f"{family}_t{which[1]}")
+    if len(left) != 2 or len(right) < 2:
+        return None
+    if core is None:
+        return (left[0], math.prod(right[1:])) if left[1] == right[0] else None
+    fits = len(right) == 2 < len(core.shape) and core.shape[:2] == (left[0], right[0])
+    return (left[1], right[1] * math.prod(core.shape[2:])) if fits else None
 
 
 def _kernel(core: LazyTensor) -> tuple[int, ...]:

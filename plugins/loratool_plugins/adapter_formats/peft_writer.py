@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from loratool.updates import (
 )
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
@@ -36,7 +37,7 @@ from loratool_plugins.adapter_formats.peft_layout import (
     pattern,
     plan_layout,
 )
-from loratool_plugins.adapter_formats.peft_reader import PREFIX, usual_order
+from loratool_plugins.adapter_formats.peft_reader import usual_order
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,7 @@ class Plan:
         }
         config = layout.config(self.adapter, alphas)
         if parameters:
-            config["target_parameters"] = sorted(parameters)
+            config["target_parameters"] = list(parameters)  # in the order of their wrappers
             config = _with_parameters(config, parameters, bool(alphas))
         rows = {
             name.removesuffix(".weight"): list(self.adapter[name].rows)
@@ -324,16 +325,20 @@ def spool_all(
 ) -> Plan:
     """Append every update's tensors as they come."""
     plan = Plan(adapter, method_of(adapter))
+    kept: dict[str, LazyTensor] = {}
     biases: dict[str, Dense] = {}
     for update, found in results:
         if isinstance(found, Replacement):
             plan.replaced.add(update.name)
+            kept[update.name] = found.tensor.renamed(update.name)
         elif isinstance(found, Dense):
             biases[update.name] = found
         elif found is not None and not (update.kind == "ia3" and update.optional):
             plan.written[update.name] = _spooled(spool, adapter, update, found, plan.method)
     for name, bias in biases.items():
         plan.written[name] = _spooled_bias(spool, plan, name, bias)
+    # An adapter of another format has no context; what it replaces is all that is known of it.
+    plan.adapter = replace(adapter, context={**kept, **adapter.context})
     return plan
 
 
@@ -343,9 +348,18 @@ def _spooled_bias(spool: Spool, plan: Plan, name: str, bias: Dense) -> Written:
     beside = plan.written[f"{module}.weight"].scale
     if beside == 0 != bias.scale:
         raise InputError(f"{name}: PEFT cannot add to it beside factors whose scale is 0")
-    values = bias.values if bias.scale == beside else bias.values * (bias.scale / beside)
+    values = bias.values if bias.scale == beside else _folded(bias.values, bias.scale / beside)
     key = f"{PREFIX}{module}.lora_B.bias"
     return Written({key: spool.add(key, values)})
+
+
+def _folded(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """A product in the type of the values where that holds it exactly, else in fp32 at least."""
+    product = values.double() * factor
+    own = product.to(values.dtype)
+    if values.itemsize >= 4 or bool((own.double() == product).all()):
+        return own
+    return product.float()
 
 
 def _spooled(

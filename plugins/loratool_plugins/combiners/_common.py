@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, UsageError
-from loratool.linalg import RankPolicy
+from loratool.linalg import Factorizer, RankPolicy
 from loratool.updates import LowRank
 
 if TYPE_CHECKING:
+    import torch
+
     from loratool.lowrank import Product
+    from loratool_plugins.combiners._elementwise import Merge, Sparsifiers
 
 ON = ("deltas", "factors")
 ON_HELP = "deltas: on B @ A, as published; factors: on A and B apart, as PEFT does"
@@ -30,6 +33,40 @@ class DeltasOrFactors:
     def needs_equal_ranks(self) -> bool:
         """Whether all parts must have one rank."""
         return self.on == "factors"
+
+
+class Elementwise(DeltasOrFactors):
+    """What combiners share that look at every element of the parts."""
+
+    def _how(self, generator: torch.Generator) -> tuple[Sparsifiers, Merge]:
+        """How each part is thinned out, and how all are merged."""
+        raise NotImplementedError
+
+    def combine(
+        self,
+        parts: Sequence[LowRank],
+        weights: Sequence[float],
+        policy: RankPolicy | None,
+        factorizer: Factorizer,
+        generator: torch.Generator,
+    ) -> LowRank:
+        """The combination in fp32; its certificate is that of the factorization.
+
+        Raises:
+            InputError: on=factors, and the ranks differ.
+        """
+        from loratool_plugins.combiners import _elementwise as elementwise
+
+        how = self._how(generator)
+        return elementwise.combine(self.on, parts, weights, policy, factorizer, generator, *how)
+
+    def combine_vectors(
+        self, parts: Sequence[torch.Tensor], weights: Sequence[float], generator: torch.Generator
+    ) -> torch.Tensor:
+        """The same of vectors (n,), element by element, in fp32."""
+        from loratool_plugins.combiners import _elementwise as elementwise
+
+        return elementwise.combine_vectors(parts, weights, *self._how(generator))
 
 
 def check_choice(combiner: str, key: str, value: str, choices: Sequence[str]) -> None:

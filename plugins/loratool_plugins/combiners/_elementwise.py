@@ -145,6 +145,17 @@ def _on_factors(
     return common.finished(Product(b=found[1], a=found[0]), policy)
 
 
+def combine_vectors(
+    parts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    sparsifiers: Sparsifiers,
+    merge: Merge,
+) -> torch.Tensor:
+    """Sparsify and merge vectors (n,), each seen as a matrix of one column."""
+    matrices = [Rows.of_tensor(part[:, None]) for part in parts]
+    return combined(matrices, weights, sparsifiers(matrices), merge).flatten().clone()
+
+
 def weighted_sum(stack: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     """The sum of the parts times their weights."""
     total = stack[0] * weights[0]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import option
-from loratool.updates import LowRank
 from loratool_plugins.combiners import _common as common
 from loratool_plugins.combiners.ties import SIGN_HELP, SIGNS
 
 if TYPE_CHECKING:
     import torch
 
+    from loratool_plugins.combiners._elementwise import Merge, Sparsifiers
+
 _DENSITY_HELP = "probability that an element of a part is kept, in (0, 1]"
 
 
 @dataclass(frozen=True)
-class DareLinear(common.DeltasOrFactors):
+class DareLinear(common.Elementwise):
     """DARE: the weighted sum of parts thinned out at random and rescaled.
 
     Yu et al., 2023 (arXiv 2311.03099, section 3): keep each element of each delta with probability
@@ -32,6 +31,8 @@ class DareLinear(common.DeltasOrFactors):
     all ranks must be equal, products of different parts come in, and it is nonlinear in the
     weights. PEFT 0.21.2 draws from torch's global generator, and gets both wrong where the first
     adapter uses rsLoRA: the new one inherits use_rslora.
+
+    Vectors (biases) are treated alike, element by element.
     """
 
     density: float = option(0.5, _DENSITY_HELP)
@@ -41,29 +42,15 @@ class DareLinear(common.DeltasOrFactors):
         common.check_density("dare_linear", self.density)
         common.check_choice("dare_linear", "on", self.on, common.ON)
 
-    def combine(
-        self,
-        parts: Sequence[LowRank],
-        weights: Sequence[float],
-        policy: RankPolicy | None,
-        factorizer: Factorizer,
-        generator: torch.Generator,
-    ) -> LowRank:
-        """The combination in fp32; its certificate is that of the factorization.
-
-        Raises:
-            InputError: on=factors, and the ranks differ.
-        """
+    def _how(self, generator: torch.Generator) -> tuple[Sparsifiers, Merge]:
+        """Drop at random, and sum."""
         from loratool_plugins.combiners import _elementwise as elementwise
 
-        drop, merge = elementwise.dropped(self.density, generator), elementwise.weighted_sum
-        return elementwise.combine(
-            self.on, parts, weights, policy, factorizer, generator, drop, merge
-        )
+        return elementwise.dropped(self.density, generator), elementwise.weighted_sum
 
 
 @dataclass(frozen=True)
-class DareTies(common.DeltasOrFactors):
+class DareTies(common.Elementwise):
     """DARE and TIES: parts thinned out at random, averaged where their signs agree.
 
     Yu et al., 2023 (arXiv 2311.03099, section 3) in place of the trimming of TIES (Yadav et al.,
@@ -75,6 +62,8 @@ class DareTies(common.DeltasOrFactors):
     "dare_ties", on A and B apart with weights sqrt(|w_i s_i|): all ranks must be equal. PEFT 0.21.2
     draws from torch's global generator, and gets both wrong where the first adapter uses rsLoRA:
     the new one inherits use_rslora.
+
+    Vectors (biases) are treated alike, element by element.
     """
 
     density: float = option(0.5, _DENSITY_HELP)
@@ -86,23 +75,8 @@ class DareTies(common.DeltasOrFactors):
         common.check_choice("dare_ties", "sign", self.sign, SIGNS)
         common.check_choice("dare_ties", "on", self.on, common.ON)
 
-    def combine(
-        self,
-        parts: Sequence[LowRank],
-        weights: Sequence[float],
-        policy: RankPolicy | None,
-        factorizer: Factorizer,
-        generator: torch.Generator,
-    ) -> LowRank:
-        """The combination in fp32; its certificate is that of the factorization.
-
-        Raises:
-            InputError: on=factors, and the ranks differ.
-        """
+    def _how(self, generator: torch.Generator) -> tuple[Sparsifiers, Merge]:
+        """Drop at random, and average what has the elected sign."""
         from loratool_plugins.combiners import _elementwise as elementwise
 
-        drop = elementwise.dropped(self.density, generator)
-        merge = elementwise.elected_mean(self.sign)
-        return elementwise.combine(
-            self.on, parts, weights, policy, factorizer, generator, drop, merge
-        )
+        return elementwise.dropped(self.density, generator), elementwise.elected_mean(self.sign)

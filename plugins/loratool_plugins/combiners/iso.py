@@ -23,6 +23,8 @@ class Iso:
     directions of the sum are kept, at the same mean. Computed from the factors, never dense (Core
     Space, arXiv 2509.17786). Nonlinear in the weights, except that all of them times c is the
     result times c.
+
+    Vectors (biases) are summed with the weights.
     """
 
     def combine(

@@ -29,6 +29,8 @@ class Linear(common.DeltasOrFactors):
     the weighted sum: the products B_i A_j of different parts come in, and it is nonlinear in the
     weights. PEFT 0.21.2 gets its own formula wrong where the first adapter uses rsLoRA: the new one
     inherits use_rslora while its factors already hold the scales.
+
+    Vectors (biases) are summed with the weights.
     """
 
     on: str = option("deltas", common.ON_HELP)

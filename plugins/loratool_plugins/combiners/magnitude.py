@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import option
-from loratool.updates import LowRank
 from loratool_plugins.combiners import _common as common
 
 if TYPE_CHECKING:
     import torch
 
+    from loratool_plugins.combiners._elementwise import Merge, Sparsifiers
+
 
 @dataclass(frozen=True)
-class MagnitudePrune(common.DeltasOrFactors):
+class MagnitudePrune(common.Elementwise):
     """The weighted sum of the largest elements of each part.
 
     Of each delta T_i keep the floor(density * size) largest elements by magnitude, of equal ones
@@ -29,6 +28,8 @@ class MagnitudePrune(common.DeltasOrFactors):
     all ranks must be equal, products of different parts come in, and it is nonlinear in the
     weights. PEFT 0.21.2 gets both wrong where the first adapter uses rsLoRA: the new one inherits
     use_rslora.
+
+    Vectors (biases) are treated alike, element by element.
     """
 
     density: float = option(0.2, "share of the elements of each part to keep, in (0, 1]")
@@ -38,22 +39,8 @@ class MagnitudePrune(common.DeltasOrFactors):
         common.check_density("magnitude_prune", self.density)
         common.check_choice("magnitude_prune", "on", self.on, common.ON)
 
-    def combine(
-        self,
-        parts: Sequence[LowRank],
-        weights: Sequence[float],
-        policy: RankPolicy | None,
-        factorizer: Factorizer,
-        generator: torch.Generator,
-    ) -> LowRank:
-        """The combination in fp32; its certificate is that of the factorization.
-
-        Raises:
-            InputError: on=factors, and the ranks differ.
-        """
+    def _how(self, generator: torch.Generator) -> tuple[Sparsifiers, Merge]:
+        """Keep the largest, and sum."""
         from loratool_plugins.combiners import _elementwise as elementwise
 
-        trim, merge = elementwise.largest(self.density), elementwise.weighted_sum
-        return elementwise.combine(
-            self.on, parts, weights, policy, factorizer, generator, trim, merge
-        )
+        return elementwise.largest(self.density), elementwise.weighted_sum

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.linalg import Factorizer, RankPolicy
 from loratool.plugins import option
-from loratool.updates import LowRank
 from loratool_plugins.combiners import _common as common
 
 if TYPE_CHECKING:
     import torch
+
+    from loratool_plugins.combiners._elementwise import Merge, Sparsifiers
 
 SIGN_HELP = "how signs are elected: by the total of the values, or by the number of parts"
 SIGNS = ("total", "frequency")
 
 
 @dataclass(frozen=True)
-class Ties(common.DeltasOrFactors):
+class Ties(common.Elementwise):
     """TIES: the largest elements of each part, averaged where their signs agree.
 
     Yadav et al., 2023 (arXiv 2306.01708, section 4): of each delta T_i keep the floor(density *
@@ -34,6 +33,8 @@ class Ties(common.DeltasOrFactors):
     "ties", which trims and elects on A and on B apart, with weights sqrt(|w_i s_i|): all ranks must
     be equal, and the result is no TIES of the deltas. PEFT 0.21.2 gets both wrong where the first
     adapter uses rsLoRA: the new one inherits use_rslora.
+
+    Vectors (biases) are treated alike, element by element.
     """
 
     density: float = option(0.2, "share of the elements of each part to keep, in (0, 1]")
@@ -45,22 +46,8 @@ class Ties(common.DeltasOrFactors):
         common.check_choice("ties", "sign", self.sign, SIGNS)
         common.check_choice("ties", "on", self.on, common.ON)
 
-    def combine(
-        self,
-        parts: Sequence[LowRank],
-        weights: Sequence[float],
-        policy: RankPolicy | None,
-        factorizer: Factorizer,
-        generator: torch.Generator,
-    ) -> LowRank:
-        """The combination in fp32; its certificate is that of the factorization.
-
-        Raises:
-            InputError: on=factors, and the ranks differ.
-        """
+    def _how(self, generator: torch.Generator) -> tuple[Sparsifiers, Merge]:
+        """Keep the largest, and average what has the elected sign."""
         from loratool_plugins.combiners import _elementwise as elementwise
 
-        trim, merge = elementwise.largest(self.density), elementwise.elected_mean(self.sign)
-        return elementwise.combine(
-            self.on, parts, weights, policy, factorizer, generator, trim, merge
-        )
+        return elementwise.largest(self.density), elementwise.elected_mean(self.sign)

@@ -27,6 +27,8 @@ class Total:
     This is what PEFT's add_weighted_adapter calls "cat", and with a rank "svd". PEFT 0.21.2 gets
     both wrong, by a factor sqrt(rank), where the first adapter uses rsLoRA: the new one inherits
     use_rslora while its factors already hold the scales.
+
+    Vectors (biases) are summed with the weights.
     """
 
     exact: ClassVar[bool] = True

@@ -29,6 +29,8 @@ class Tsv:
     R, its leading R / T (at least 1). Computed from the factors, never dense (Core Space, arXiv
     2509.17786). Linear in the weights, but not in the parts; vectors that other parts hold as well
     count once.
+
+    Vectors (biases) are summed with the weights.
     """
 
     def combine(
