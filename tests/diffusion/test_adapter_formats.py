@@ -490,11 +490,15 @@ def test_dora_that_peft_does_not_have(bases: Bases, tmp_path: Path) -> None:
     for state, words in (
         (columns, "has a magnitude for each column"),
         (loha, "is DoRA of an update that is not low-rank"),
-        (scaled, "PEFT's IA3 scales biases of outputs"),
+        (scaled, "scales outputs and not their biases"),
     ):
         file = write(tmp_path / "a.safetensors", state)
         with pytest.raises(MismatchError, match=words):
             converted(file, "peft", tmp_path / "out", bases("sd1")[0])
+    scaled[f"{QUERY}.on_input"] = torch.tensor(1)
+    file = write(tmp_path / "inputs.safetensors", scaled)
+    written = converted(file, "peft", tmp_path / "inputs", bases("sd1")[0])
+    assert [value.shape for value in tensors(written).values()] == [(1, 8)]
     with pytest.raises(MismatchError, match="write it as lycoris"):
         converted(write(tmp_path / "a.safetensors", loha), "kohya", tmp_path / "out")
 
