@@ -30,6 +30,7 @@ from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
 from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
+from loratool_plugins.adapter_formats.peft_config import usual_order
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
     is_inside,
@@ -37,7 +38,6 @@ from loratool_plugins.adapter_formats.peft_layout import (
     pattern,
     plan_layout,
 )
-from loratool_plugins.adapter_formats.peft_reader import usual_order
 
 if TYPE_CHECKING:
     import torch
