@@ -125,7 +125,7 @@ class _Cleaner:
         label = str(self.folder / name)
         if name.endswith(".safetensors"):
             header = dict(read_header(path).metadata)
-            require_no_paths(f"{label}: __metadata__", header, self.machine)
+            require_no_paths(f"{label}: __metadata__", _unfolded(header), self.machine)
             require_no_secrets(
                 f"{label}: __metadata__", json.dumps(header).encode(), known_secrets()
             )
@@ -188,6 +188,20 @@ def _parsed(raw: bytes, label: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{label}: is not valid JSON ({error})") from error
+
+
+def _unfolded(value: Any) -> Any:
+    """Plain data with the texts in it that are JSON themselves, as trainers write into headers."""
+    if isinstance(value, dict):
+        return {key: _unfolded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unfolded(item) for item in value]
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return _unfolded(json.loads(value))
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _check_record(model: Checkpoint, machine: Machine) -> None:

@@ -269,6 +269,11 @@ def test_lists_and_headers_with_paths_are_refused(adapter: Path, tmp_path: Path)
     save_file(llama(), tmp_path / "model/model.safetensors", metadata={"from": str(tmp_path)})
     with pytest.raises(InputError, match="__metadata__: from: names a path"):
         prepared(tmp_path / "model")
+    inner = json.dumps([{"folders": {"image_dir": str(tmp_path)}}])
+    trained = {"loratool": json.dumps({"settings": {"ss_datasets": inner}}), "odd": "{not JSON"}
+    save_file(llama(), tmp_path / "model/model.safetensors", metadata=trained)
+    with pytest.raises(InputError, match=r"ss_datasets.*image_dir: names a path"):
+        prepared(tmp_path / "model")
 
 
 def test_the_record_of_a_merge_is_looked_into(made: Path, tmp_path: Path) -> None:
