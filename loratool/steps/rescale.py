@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratool.rescaling import Rescaler
 
 
-# Of adapters whose tensors do not tell all that PEFT has to know: what stays true of their settings.
+# What stays true of the settings of adapters whose tensors do not tell PEFT everything.
 _LASTING = {
     "IA3": ("peft_type",),
     "LOKR": ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor"),
