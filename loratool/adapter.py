@@ -176,7 +176,7 @@ class Adapter(Mapping[str, LazyUpdate]):
         naming: "" if names are those of parameters; else whose names they are ("kohya"), to be
             resolved on binding (`loratool.binding`).
         layout: how kohya's names lie in the modules of a diffusion model, as far as it is known:
-            name -> (canonical module, first row, row after the last), ... of its rows in order.
+            name -> (module, its first row, the row after its last) of all rows in order.
         rslora: whether its format should state alpha for the scale alpha / sqrt(rank).
         short_targets: the last part of module names -> every module of the model that ends in it,
             where that is known: formats may name targets by it.

@@ -468,7 +468,7 @@ def test_the_manifest_says_what_was_asked_and_what_is_known_of_the_base(
 def test_a_changed_adapter_has_no_path_and_no_files(folder: Path) -> None:
     found = loratool.rescale(folder, by=2)
     assert found.path is None
-    assert found.files == {} and found.settings == {}
+    assert found.files == {} and found.settings == {"peft_type": "LORA"}
     assert found["layers.0.up_proj.weight"].stored == ()
     assert found["norm.weight"].stored
 

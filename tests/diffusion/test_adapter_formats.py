@@ -19,6 +19,8 @@ from loratool.errors import FormatError, InputError, MismatchError
 from loratool.opening import open_adapter, open_checkpoint
 from loratool.updates import DoRA, LowRank, tensors_of
 from tests.adapter_forms import Tensors, assert_same_bits
+from tests.cli.tiny import done, refused
+from tests.cli.tiny import loratool as command
 from tests.diffusion import pipelines
 from tests.diffusion.adapters import (
     changed,
@@ -458,6 +460,63 @@ def test_a_text_encoders_update_and_a_unet_alone(bases: Bases, tmp_path: Path) -
     diffusers = converted(file, "diffusers", tmp_path / "d", folder)
     with pytest.raises(MismatchError, match=r"mlp.fc1.weight: the base has no such component, but"):
         loratool.merge(folder / "unet", [(diffusers, 1.0)])
+
+
+def test_magnitudes_of_columns_of_several_modules(bases: Bases, tmp_path: Path) -> None:
+    folder, single = bases("flux")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    state = pair(name, out=24, alpha=torch.tensor(1.0), dora_scale=torch.ones(1, 8))
+    file = write(tmp_path / "a.safetensors", state)
+    (update,) = open_adapter(file).values()
+    assert (update.kind, update.axis) == ("dora", 1)
+    for base in (folder, single):
+        with pytest.raises(MismatchError, match="a magnitude for each column of several modules"):
+            loratool.merge(base, [(file, 1.0)])
+        with pytest.raises(MismatchError, match="it cannot be cut"):
+            converted(file, "peft", tmp_path / "out", base)
+    assert_same_bits(tensors(converted(file, "kohya", tmp_path / "again")), state)
+
+
+def test_dora_that_peft_does_not_have(bases: Bases, tmp_path: Path) -> None:
+    columns = pair(QUERY, alpha=torch.tensor(1.0), dora_scale=torch.ones(1, 8))
+    loha = {
+        f"{QUERY}.{key}": torch.ones(shape)
+        for key, shape in {
+            "hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8),
+            "dora_scale": (8, 1),
+        }.items()
+    }  # fmt: skip
+    scaled = {f"{QUERY}.weight": torch.ones(8), f"{QUERY}.on_input": torch.tensor(0)}
+    for state, words in (
+        (columns, "has a magnitude for each column"),
+        (loha, "is DoRA of an update that is not low-rank"),
+        (scaled, "scales outputs and not their biases"),
+    ):
+        file = write(tmp_path / "a.safetensors", state)
+        with pytest.raises(MismatchError, match=words):
+            converted(file, "peft", tmp_path / "out", bases("sd1")[0])
+    scaled[f"{QUERY}.on_input"] = torch.tensor(1)
+    file = write(tmp_path / "inputs.safetensors", scaled)
+    written = converted(file, "peft", tmp_path / "inputs", bases("sd1")[0])
+    assert [value.shape for value in tensors(written).values()] == [(1, 8)]
+    with pytest.raises(MismatchError, match="write it as lycoris"):
+        converted(write(tmp_path / "a.safetensors", loha), "kohya", tmp_path / "out")
+
+
+def test_on_the_command_line(bases: Bases, tmp_path: Path) -> None:
+    other = QUERY.replace("to_q", "to_k")
+    state = {**pair(QUERY), **pair(other)}
+    del state[f"{other}.lora_up.weight"], state[f"{QUERY}.lora_down.weight"]
+    file, out = write(tmp_path / "a.safetensors", state), tmp_path / "out"
+    missing = f"{QUERY}.lora_down.weight: missing", f"{other}.lora_up.weight: missing"
+    refused(command("convert", file, "--format", "lycoris", "-o", out), *missing)
+    write(file, pair(QUERY))
+    told = f"{QUERY}.weight: is a name of kohya: give the base"
+    refused(command("convert", file, "--format", "diffusers", "-o", out), told)
+    assert not out.exists()
+    base = bases("sd1")[0]
+    done(command("convert", file, "--format", "diffusers", "--base", base, "-o", out))
+    assert open_adapter(out).format == "diffusers"
 
 
 def test_names_that_fit_two_modules(tmp_path: Path) -> None:

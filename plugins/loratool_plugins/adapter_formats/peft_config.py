@@ -166,3 +166,8 @@ def check_settings(path: Path, values: Mapping[str, Any]) -> Settings:
         if not isinstance(values.get(key) or {}, dict):
             raise FormatError(f"{path}: {key} must map module patterns to numbers")
     return Settings(path, values)
+
+
+def usual_order(name: str) -> int:
+    """The order of the parameters in transformers' expert modules."""
+    return 1 if name.startswith("down") else 0

@@ -16,13 +16,10 @@ from loratool.families import is_embedding
 from loratool.updates import (
     IA3,
     Dense,
-    DoRA,
-    Experts,
     Kind,
     LoHa,
     LoKr,
     LowRank,
-    Product,
     Replacement,
     Rows,
     Update,
@@ -30,15 +27,23 @@ from loratool.updates import (
 from loratool_plugins.adapter_formats._peft_dialects import (
     PREFIX,
     Order,
-    by_expert,
     expert_order,
 )
 from loratool_plugins.adapter_formats._products import product
 from loratool_plugins.adapter_formats.loralib_layout import placed
-from loratool_plugins.adapter_formats.peft_config import Settings
+from loratool_plugins.adapter_formats.peft_config import Settings, usual_order
+from loratool_plugins.adapter_formats.peft_values import (
+    dora_loader,
+    embedding_loader,
+    expert_loader,
+    factor_loader,
+    kernel_of,
+    matrix_size,
+    whole_matrix,
+)
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 # What PEFT's layers are made of: (key after the module's name, part).
 _PART = re.compile(
@@ -187,7 +192,7 @@ class Reader:
             self._complain(module, "lora_B of a convolution is 1x1", "1s", f"{b.shape}")
             return []
         shape = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], *a.shape[1:])
-        factors = _embedding_loader(a, b, scale) if embedding else _factor_loader(a, b, scale)
+        factors = embedding_loader(a, b, scale) if embedding else factor_loader(a, b, scale)
         load: Callable[[], Update] = factors
         kind: Kind = "low_rank"
         stored = [a, b]
@@ -201,7 +206,7 @@ class Reader:
                     module, "its magnitudes do not fit", f"{shape[axis]}", f"{magnitude.numel}"
                 )
                 return []
-            kind, load = "dora", _dora_loader(factors, magnitude, axis)
+            kind, load = "dora", dora_loader(factors, magnitude, axis)
             stored.append(magnitude)
         elif self.settings["use_dora"]:
             self._complain(module, "the config says use_dora, but there is no magnitude vector")
@@ -262,7 +267,10 @@ class Reader:
         if bias.shape != (rows,):
             self._complain(bias.name, "does not fit lora_B", f"({rows},)", f"{bias.shape}")
             return []
-        load = _loader(lambda: Dense(bias.read(), scale))
+
+        def load() -> Update:
+            return Dense(bias.read(), scale)
+
         return [self._update(f"{module}.bias", "dense", bias.shape, bias, load, [bias])]
 
     # Experts
@@ -299,10 +307,10 @@ class Reader:
         scale = self.settings.scale(name, self._complain)
         if number == 1:
             shape: tuple[int, ...] = (b.shape[0], a.shape[1])
-            factors = _factor_loader(a, b, scale)
+            factors = factor_loader(a, b, scale)
             return [self._update(name, "low_rank", shape, a, factors, [a, b], rank)]
         shape = (number, b.shape[0], a.shape[1])
-        load = _expert_loader(a, b, number, scale, self._expert_order())
+        load = expert_loader(a, b, number, scale, self._expert_order())
         update = self._update(name, "experts", shape, a, load, [a, b], rank)
         return [replace(update, transposed=self._experts_transposed())]
 
@@ -331,7 +339,7 @@ class Reader:
             return []
         tucker = "hada_t1" in parts
         left, right = parts["hada_w1_a"], parts["hada_w1_b"]
-        kernel = _kernel(parts["hada_t1"]) if tucker else right.shape[2:]
+        kernel = kernel_of(parts["hada_t1"]) if tucker else right.shape[2:]
         out = left.shape[1] if tucker else left.shape[0]
         shape = (out, right.shape[1], *kernel)
         scale = self.settings.scale(module, self._complain)
@@ -356,7 +364,7 @@ class Reader:
                 continue
             left, right = parts[f"lokr_{w}_a"], parts[f"lokr_{w}_b"]
             if w == "w2" and "lokr_t2" in parts:
-                shapes.append((left.shape[1], right.shape[1], *_kernel(parts["lokr_t2"])))
+                shapes.append((left.shape[1], right.shape[1], *kernel_of(parts["lokr_t2"])))
             else:
                 shapes.append((left.shape[0], *right.shape[1:]))
         one, other = shapes
@@ -384,7 +392,7 @@ class Reader:
             import torch
 
             other = parts["lokr_w2"].read().double()
-            one = _whole(product(parts, "lokr", "w1"))
+            one = whole_matrix(product(parts, "lokr", "w1"))
             return Dense(torch.kron(one, other).reshape(shape), scale)
 
         stored = list(parts.values())
@@ -398,13 +406,15 @@ class Reader:
             return []
         axis = int(on_inputs)
         shape = (0, number) if on_inputs else (number, 0)
-        load = _loader(lambda: IA3(factors.read().reshape(-1), axis))
+
+        def load() -> Update:
+            return IA3(factors.read().reshape(-1), axis)
+
         weight = self._update(f"{module}.weight", "ia3", shape, factors, load, [factors])
         if self.settings["fan_in_fan_out"]:
             weight = replace(weight, transposed=True)
         if on_inputs:
             return [weight]
-        load = _loader(lambda: IA3(factors.read().reshape(-1)))
         bias = self._update(f"{module}.bias", "ia3", (number,), factors, load, [factors])
         return [weight, replace(bias, optional=True)]
 
@@ -417,7 +427,10 @@ class Reader:
                 "a table with as many rows", f"{rows.shape}, {len(indices)} indices",
             )  # fmt: skip
             return []
-        load = _loader(lambda: Rows(indices, rows))
+
+        def load() -> Update:
+            return Rows(indices, rows)
+
         update = self._update(f"{module}.weight", "rows", rows.shape, rows, load, [rows])
         return [replace(update, rows=indices)]
 
@@ -427,7 +440,7 @@ class Reader:
         """Whether the tensors of both matrices go together; complains of those that do not."""
         sizes = []
         for which in ("w1", "w2"):
-            size = _matrix_size(parts, family, which)
+            size = matrix_size(parts, family, which)
             if size is None:
                 shapes = [f"{t.shape}" for key, t in parts.items() if which in key or "_t" in key]
                 message = f"the tensors of {family}_{which} do not go together"
@@ -467,71 +480,3 @@ class Reader:
             origin=first.origin,
             stored=tuple(stored),
         )
-
-
-def usual_order(name: str) -> int:
-    """The order of the parameters in transformers' expert modules."""
-    return 1 if name.startswith("down") else 0
-
-
-def _loader(load: Callable[[], Update]) -> Callable[[], Update]:
-    return load
-
-
-def _factor_loader(a: LazyTensor, b: LazyTensor, scale: float) -> Callable[[], LowRank]:
-    def load() -> LowRank:
-        rank = a.shape[0]
-        return LowRank(a.read().reshape(rank, -1), b.read().reshape(-1, rank), scale)
-
-    return load
-
-
-def _embedding_loader(a: LazyTensor, b: LazyTensor, scale: float) -> Callable[[], LowRank]:
-    """The table is (V, D), and PEFT's B @ A its transpose."""
-    return lambda: LowRank(b.read().T, a.read().T, scale)
-
-
-def _dora_loader(
-    load: Callable[[], LowRank], magnitude: LazyTensor, axis: int
-) -> Callable[[], Update]:
-    return lambda: DoRA(load(), magnitude.read().reshape(-1), axis)
-
-
-def _expert_loader(
-    a: LazyTensor, b: LazyTensor, number: int, scale: float, order: Order
-) -> Callable[[], Update]:
-    """A is stored expert by expert, B with the expert changing fastest, if PEFT wrote it."""
-
-    def load() -> Update:
-        first, second = a.read(), b.read()
-        rank = first.shape[0] // number
-        columns = by_expert(second, number, order)
-        return Experts(first.reshape(number, rank, -1), columns, scale)
-
-    return load
-
-
-def _matrix_size(parts: Parts, family: str, which: str) -> tuple[int, int] | None:
-    """The rows and columns, kernel included, of a matrix by headers; None if there is none."""
-    if (whole := parts.get(f"{family}_{which}")) is not None:
-        flat, shape = (family, which) == ("lokr", "w1"), whole.shape
-        fits = len(shape) == 2 if flat else len(shape) > 1
-        return (shape[0], math.prod(shape[1:])) if fits else None
-    left, right = (parts[f"{family}_{which}_{side}"].shape for side in "ab")
-    core = parts.get(f"{family}_t{which[1]}")
-    if len(left) != 2 or len(right) < 2:
-        return None
-    if core is None:
-        return (left[0], math.prod(right[1:])) if left[1] == right[0] else None
-    fits = len(right) == 2 < len(core.shape) and core.shape[:2] == (left[0], right[0])
-    return (left[1], right[1] * math.prod(core.shape[2:])) if fits else None
-
-
-def _kernel(core: LazyTensor) -> tuple[int, ...]:
-    """A core (r, r, *kernel); PEFT gives that of a 1-D kernel a second dimension of 1."""
-    return core.shape[2:]
-
-
-def _whole(product: Product) -> torch.Tensor:
-    left, right = product.left.double(), product.right
-    return left if right is None else left @ right.double()

@@ -30,6 +30,7 @@ from loratool.writer import Spool
 from loratool_plugins.adapter_formats import peft_config
 from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
+from loratool_plugins.adapter_formats.peft_config import usual_order
 from loratool_plugins.adapter_formats.peft_layout import (
     Layout,
     is_inside,
@@ -37,7 +38,6 @@ from loratool_plugins.adapter_formats.peft_layout import (
     pattern,
     plan_layout,
 )
-from loratool_plugins.adapter_formats.peft_reader import usual_order
 
 if TYPE_CHECKING:
     import torch
@@ -256,9 +256,15 @@ def refusals(adapter: Adapter) -> list[Problem]:
     ]
     if method == "IA3" and adapter.settings.get("peft_type") != "IA3":
         message = (
-            "PEFT's IA3 scales biases of outputs, too, and this does not; convert with --to-lora"
+            "scales outputs and not their biases, which PEFT's IA3 scales, too; convert with "
+            "--to-lora"
         )
-        found += [_refusal(update, message) for update in adapter.values() if update.kind == "ia3"]
+        found += [
+            _refusal(update, message)
+            for name, update in adapter.items()
+            if update.kind == "ia3" and len(update.shape) == 2 and update.shape[0]
+            if f"{name.removesuffix('.weight')}.bias" not in adapter
+        ]
     if method == "LOKR" and adapter.settings.get("peft_type") != "LOKR":
         message = (
             "how PEFT's LoKr splits dimensions into factors is one setting for all, which this "
@@ -415,7 +421,7 @@ def _parts(
             return parts, rank, found.scale
         case IA3():
             stored = update.stored[0].shape if update.stored else ()
-            shape = stored or ((1, -1) if found.axis else (-1, 1))
+            shape = stored if len(stored) > 1 else ((1, -1) if found.axis else (-1, 1))
             return {f"{module}.ia3_l": found.factors.reshape(shape)}, 0, 1.0
         case Rows():
             inner = "" if method == "TRAINABLE_TOKENS" else "token_adapter."
