@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from loratool.rescaling import Rescaler
 
 
-# What stays true of the settings of adapters whose tensors do not tell PEFT everything.
-_LASTING = {
-    "IA3": ("peft_type",),
-    "LOKR": ("peft_type", "r", "rank_pattern", "decompose_both", "decompose_factor"),
-}
+# What of PEFT's settings stays true of a rescaled LoKr, whose tensors do not tell all of it.
+_OF_LOKR = ("r", "rank_pattern", "decompose_both", "decompose_factor")
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ class Rescale:
 
 def _lasting(adapter: Adapter) -> dict[str, Any]:
     """What stays true of the adapter's own settings, and the updates themselves do not say."""
-    lasting = _LASTING.get(str(adapter.settings.get("peft_type")), ())
+    lasting = ("peft_type", *(_OF_LOKR if adapter.settings.get("peft_type") == "LOKR" else ()))
     kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
     return {**kept, **adapter.lasting_settings}
 
