@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from loratool.rescaling import Rescaler
 
 
+# What of PEFT's settings stays true of a rescaled LoKr, whose tensors do not tell all of it.
+_OF_LOKR = ("r", "rank_pattern", "decompose_both", "decompose_factor")
+
+
 @dataclass(frozen=True)
 class Rescale:
     """Change an adapter's strength, alpha, rank, size or layout. It needs no base.
@@ -217,9 +221,7 @@ class Rescale:
 
 def _lasting(adapter: Adapter) -> dict[str, Any]:
     """What stays true of the adapter's own settings, and the updates themselves do not say."""
-    lasting: tuple[str, ...] = ("peft_type",)
-    if adapter.settings.get("peft_type") == "LOKR":  # whose factors do not tell all of it
-        lasting = (*lasting, "r", "rank_pattern", "decompose_both", "decompose_factor")
+    lasting = ("peft_type", *(_OF_LOKR if adapter.settings.get("peft_type") == "LOKR" else ()))
     kept = {key: adapter.settings[key] for key in lasting if key in adapter.settings}
     return {**kept, **adapter.lasting_settings}
 
