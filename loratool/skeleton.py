@@ -7,9 +7,11 @@ seconds, so only when asked for.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from loratool.conversion import find_stored, is_taken_for_experts
@@ -131,7 +133,8 @@ def build_skeleton(
     if family is not None:
         return Skeleton(_kinds_by_name(shapes, family), _tied(family, config, shapes))
     if config and architecture_of(config) and model_type:
-        return _from_transformers(config, shapes, strict)
+        text = json.dumps(dict(config), sort_keys=True)
+        return _remembered(text, tuple(shapes.items()), strict)
     if ldm_pieces(shapes):
         return Skeleton(_diffusion_kinds(shapes))
     note = "the model's family is unknown: linear weights were told by their names and shapes"
@@ -186,6 +189,14 @@ def _tied(family: Family, config: Mapping[str, Any] | None, shapes: Shapes) -> d
     architecture = architecture_of(config) or class_of_names(family, shapes)
     has_head = architecture.endswith(_WITH_LM_HEAD)
     return {head: source for head, source in family.tied if has_head and source in shapes}
+
+
+@lru_cache(maxsize=4)
+def _remembered(
+    config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], strict: bool
+) -> Skeleton:
+    """Built once for all adapters that are bound to a base: large models take seconds."""
+    return _from_transformers(json.loads(config), dict(shapes), strict)
 
 
 def _from_transformers(config: Mapping[str, Any], shapes: Shapes, strict: bool = True) -> Skeleton:

@@ -19,7 +19,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.errors import InputError
 from loratool.in_memory import in_memory, pieces_by_tensor, pieces_of, shape_in_memory
 from loratool.pieces import Index, Piece
-from loratool.skeleton import Skeleton
+from loratool.skeleton import Skeleton, build_skeleton
 from tests.memory_models import TINY, loaded, opened, save_as_in_memory
 
 Saved = Callable[[str], Path]
@@ -253,3 +253,13 @@ def test_an_operation_that_calculates_is_refused_by_name(
 
 def test_pieces_compare_by_value() -> None:
     assert Piece("a", (1,), (slice(0, 2),)) == Piece("a", (1,), (slice(0, 2),))
+
+
+def test_the_model_is_built_once_for_all_adapters(tmp_path: Path) -> None:
+    TINY["vit"].build().save_pretrained(tmp_path)
+    _, first = opened(tmp_path)
+    checkpoint, again = opened(tmp_path)
+    assert again is first
+    config = {**(checkpoint.config or {}), "num_labels": 3}
+    shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
+    assert build_skeleton(config, shapes) is not first
