@@ -163,8 +163,8 @@ class _Binder:
         found = dict(self.plain)
         for tensor, shares in self.shares.items():
             shape = self.base[tensor].shape
-            if tensor in self.plain:
-                shares = [Share(self.plain[tensor].update, shape), *shares]
+            if (plain := self.plain.get(tensor)) is not None:
+                shares = [Share(plain.update, shape, plain.transposed), *shares]
             if message := complaint(shares, shape):
                 self.problems.append(Problem("error", shares[0].update.name, message))
             elif not any(problem.severity == "error" for problem in self.problems):
@@ -200,12 +200,11 @@ def _replacement_problems(
 
 
 def _storage_problems(update: LazyUpdate, target: str, base: Checkpoint) -> list[Problem]:
-    problems = []
     dtype = base[target].dtype
-    if not is_float(dtype):
-        message = f"{target} is quantized or integer in the base: updates cannot be added to it"
-        problems.append(Problem("error", update.name, message, "a float dtype", dtype))
-    return problems
+    if is_float(dtype):
+        return []
+    message = f"{target} is quantized or integer in the base: updates cannot be added to it"
+    return [Problem("error", update.name, message, "a float dtype", dtype)]
 
 
 def _tie_problems(
