@@ -17,7 +17,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import InputError, Problem
 from loratool.files import named
-from loratool.updates import LINEAR, WHOLE, Kind, Update
+from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -83,6 +83,24 @@ class LazyUpdate:
     def nbytes(self) -> int:
         """Size of the delta, or of the new tensor, in bytes."""
         return math.prod(self.shape) * itemsize(self.dtype)
+
+
+def replacement(value: LazyTensor, stored: LazyTensor) -> LazyUpdate:
+    """The update that replaces a parameter.
+
+    Args:
+        value: the new value, under the parameter's name.
+        stored: the tensor that it is made of as it lies in the file.
+    """
+    return LazyUpdate(
+        value.name,
+        "replacement",
+        value.shape,
+        value.dtype,
+        lambda: Replacement(value),
+        origin=stored.origin,
+        stored=(stored,),
+    )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from loratool_plugins.adapter_formats._module_reader import (
     ModuleReader,
     Scale,
     alpha_scale,
+    number_of,
 )
 from loratool_plugins.adapter_formats.peft_config import Settings
 
@@ -139,10 +140,7 @@ class _Reader:
     def _scales(
         self, name: str, own: str, parts: Mapping[str, LazyTensor], settings: Settings | None
     ) -> Any:
-        alpha = parts.get("alpha")
-        if alpha is not None and alpha.numel != 1:
-            self._complain(alpha.name, "is no number", "one value", f"{alpha.shape}")
-            alpha = None
+        alpha = number_of(parts.get("alpha"), self._complain)
         if settings is None:
             if "alpha" not in parts:
                 self.without_alpha.append(name)

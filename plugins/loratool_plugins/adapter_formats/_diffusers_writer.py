@@ -50,6 +50,16 @@ def refusals(adapter: Adapter) -> Iterator[Problem]:
         yield from peft_writer.refusals(replace(adapter, updates=updates))
 
 
+def write(
+    adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], file: Path
+) -> tuple[str, ...]:
+    """Write one file; what should be known of it."""
+    with Spool(file.parent) as spool:
+        writer = Writer(adapter, spool)
+        writer.add(results)
+        return writer.write(file)
+
+
 @dataclass
 class Writer:
     """Collects the tensors of a file, and the ranks and alphas of every component.

@@ -27,6 +27,7 @@ from loratool_plugins.adapter_formats._module_reader import (
     ModuleReader,
     Scale,
     alpha_scale,
+    number_of,
 )
 from loratool_plugins.adapter_formats._scales import unfold
 from loratool_plugins.adapter_formats.peft_config import Settings
@@ -162,10 +163,7 @@ class _Reader:
         if (settings := self.settings.get(component)) is not None:
             value = scale_of(settings, name, own, self._complain)
             return lambda rank: lambda: value
-        alpha = parts.get("alpha")
-        if alpha is not None and alpha.numel != 1:
-            self._complain(alpha.name, "is no number", "one value", f"{alpha.shape}")
-            alpha = None
+        alpha = number_of(parts.get("alpha"), self._complain)
         has_rank = {"down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"} & parts.keys()
         if has_rank and "alpha" not in parts:
             self.without_alpha.append(key)

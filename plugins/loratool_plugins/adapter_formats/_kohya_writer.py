@@ -146,6 +146,16 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def write(
+    adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], file: Path
+) -> tuple[str, ...]:
+    """Write one file; what should be known of it."""
+    with Spool(file.parent) as spool:
+        writer = Writer(adapter, spool)
+        writer.add(results)
+        return writer.write(file)
+
+
 @dataclass
 class Writer:
     """Collects the tensors of a file.

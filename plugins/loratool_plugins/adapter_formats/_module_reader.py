@@ -296,6 +296,16 @@ class ModuleReader:
 _KEYS = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
 
 
+def number_of(
+    tensor: LazyTensor | None, complain: Callable[[str, str, str, str], None]
+) -> LazyTensor | None:
+    """A tensor that should be one number; None, after a complaint, if it is not."""
+    if tensor is None or tensor.numel == 1:
+        return tensor
+    complain(tensor.name, "is no number", "one value", f"{tensor.shape}")
+    return None
+
+
 def alpha_scale(alpha: LazyTensor | None, rank: int | None, told: float | None = None) -> Scale:
     """alpha / rank, read when it is needed; 1 where nothing is in factors.
 

@@ -6,7 +6,7 @@ So that an adapter that loratool wrote comes back whole, without its base, from 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import FormatError
 from loratool.families import is_embedding
 from loratool.files import entries, is_dir, is_file
-from loratool.json_files import read_json
+from loratool.json_files import MANIFEST, read_json
 
 KEY = "loratool"
 _KEPT = (
@@ -119,6 +119,24 @@ def model_files(path: Path) -> tuple[dict[str, Path], dict[str, Any] | None]:
         return {}, None
     found = {file.name: file for file in entries(model) if is_file(file)}
     return found, read_json(found["config.json"]) if "config.json" in found else None
+
+
+def beside(
+    path: Path, own: Iterable[Path]
+) -> tuple[dict[str, Path], dict[str, Path], dict[str, Any] | None]:
+    """What belongs to an adapter beside its own files.
+
+    Args:
+        path: its directory, or the one file that it is.
+        own: the files of its format.
+
+    Returns:
+        `Adapter.files`, `Adapter.model_files` and `Adapter.model_config`.
+    """
+    models, config = model_files(path) if is_dir(path) else ({}, None)
+    manifest = (path / MANIFEST,) if is_dir(path) else ()
+    files = {file.name: file for file in (*own, *manifest) if is_file(file)}
+    return files | {f"model/{name}": file for name, file in models.items()}, models, config
 
 
 def is_table(adapter: Adapter, update: LazyUpdate) -> bool:

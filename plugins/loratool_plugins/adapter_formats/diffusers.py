@@ -10,7 +10,6 @@ from typing import ClassVar
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import Problem
 from loratool.updates import Kind, Update
-from loratool.writer import Spool
 from loratool_plugins.adapter_formats import _diffusers_reader, _diffusers_writer
 from loratool_plugins.adapter_formats import _diffusion_files as files
 
@@ -53,7 +52,4 @@ pipeline.load_lora_weights("ADAPTER")
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
     ) -> tuple[str, ...]:
         """Write tensors, and the settings of every component in the header."""
-        with Spool(folder) as spool:
-            writer = _diffusers_writer.Writer(adapter, spool)
-            writer.add(results)
-            return writer.write(folder / FILE)
+        return _diffusers_writer.write(adapter, results, folder / FILE)

@@ -12,7 +12,6 @@ from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, InputError, Problem, UnsupportedError
 from loratool.files import entries, is_dir, is_file
-from loratool.json_files import MANIFEST
 from loratool.updates import Experts, Kind, LowRank, Update
 from loratool.writer import Spool
 from loratool_plugins.adapter_formats import _ours
@@ -162,10 +161,7 @@ def _open(path: Path, told: FormatOptions) -> Adapter:
     reader = Reader(header, Names(architecture), alpha, heads_of(config), tensor_facts)
     updates = reader.updates()
     complain_of_base(reader, config or {}, architecture_of(config))
-    model_files, model_config = _ours.model_files(path) if is_dir(path) else ({}, None)
-    files = {file.name: file, **{f"model/{name}": one for name, one in model_files.items()}}
-    if is_dir(path) and is_file(path / MANIFEST):
-        files[MANIFEST] = path / MANIFEST
+    files, model_files, model_config = _ours.beside(path, (file,))
     if not facts["settings"]:
         facts["settings"] = _settings(header)
     facts.setdefault("base_name", _base_name(header))

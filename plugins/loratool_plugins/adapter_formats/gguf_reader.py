@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import LazyUpdate
+from loratool.adapter import LazyUpdate, replacement
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import InputError, Problem
 from loratool.files import local
-from loratool.updates import Experts, LowRank, Replacement, Update
+from loratool.updates import Experts, LowRank, Update
 from loratool_plugins.adapter_formats._experts import assembled
 from loratool_plugins.adapter_formats._scales import unfold
 from loratool_plugins.adapter_formats.gguf_layout import EXPERTS, TABLE, Names, layout_of
@@ -127,13 +127,7 @@ class Reader:
             return {}
         shifted = Layout("shifted") if self.names.is_shifted(entry.name) else Layout()
         value = self.replaced[name] = _lazy(self.header.path, entry, shifted).renamed(name)
-        stored = (_lazy(self.header.path, entry),)
-        origin = str(self.header.path)
-        update = LazyUpdate(
-            name, "replacement", value.shape, value.dtype, lambda: Replacement(value),
-            origin=origin, stored=stored,
-        )  # fmt: skip
-        return {name: update}
+        return {name: replacement(value, _lazy(self.header.path, entry))}
 
     def _parameter(self, tensor: str) -> str | None:
         name = self.names.parameter(tensor)

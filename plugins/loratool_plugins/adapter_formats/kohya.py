@@ -10,7 +10,6 @@ from typing import ClassVar
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import Problem
 from loratool.updates import Kind, Update
-from loratool.writer import Spool
 from loratool_plugins.adapter_formats import _diffusion_files as files
 from loratool_plugins.adapter_formats import _kohya_reader, _kohya_writer
 
@@ -61,7 +60,4 @@ class Kohya:
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
     ) -> tuple[str, ...]:
         """Write one file; parts of what is one module in this naming are put together."""
-        with Spool(folder) as spool:
-            writer = _kohya_writer.Writer(adapter, spool)
-            writer.add(results)
-            return writer.write(folder / FILE)
+        return _kohya_writer.write(adapter, results, folder / FILE)

@@ -18,7 +18,6 @@ from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, Problem
 from loratool.files import PICKLES, entries, is_dir, is_file
-from loratool.json_files import MANIFEST
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import Kind, LowRank, Replacement, Update
 from loratool.writer import Spool
@@ -148,13 +147,7 @@ def _open(path: Path, told: FormatOptions) -> Adapter:
     facts = _ours.restored(ours, str(file))
     reader = Reader(tensors, told, Facts.of(ours, facts.pop("transposed"), str(file)))
     updates = reader.updates()
-    files = {file.name: file}
-    model_files: Mapping[str, Path] = {}
-    config = None
-    if is_dir(path):
-        model_files, config = _ours.model_files(path)
-        files |= {f"model/{name}": source for name, source in model_files.items()}
-        files |= {MANIFEST: path / MANIFEST} if is_file(path / MANIFEST) else {}
+    files, model_files, config = _ours.beside(path, (file,))
     options = _OPTIONS - {"alpha"} if ours else _OPTIONS
 
     def read(more: FormatOptions) -> Adapter:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import FormatOptions, LazyUpdate
+from loratool.adapter import FormatOptions, LazyUpdate, replacement
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import FormatError, Problem
 from loratool.families import is_embedding
 from loratool.reports import counted
-from loratool.updates import Dense, Kind, LowRank, Replacement, Update
+from loratool.updates import Dense, Kind, LowRank, Update
 from loratool_plugins.adapter_formats._scales import unfold
 
 if TYPE_CHECKING:
@@ -185,15 +185,7 @@ class Reader:
 
     def _replacement(self, name: str, tensor: LazyTensor) -> LazyUpdate:
         value = self.replaced[name] = tensor.renamed(name)
-        return LazyUpdate(
-            name,
-            "replacement",
-            tensor.shape,
-            tensor.dtype,
-            lambda: Replacement(value),
-            origin=tensor.origin,
-            stored=(tensor,),
-        )
+        return replacement(value, tensor)
 
     def _update(self, pair: Pair) -> LazyUpdate | None:
         for tensor in (pair.a, pair.b):

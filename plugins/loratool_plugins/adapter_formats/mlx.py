@@ -14,7 +14,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, InputError, Problem
 from loratool.files import is_dir, is_file
-from loratool.json_files import MANIFEST, read_json
+from loratool.json_files import read_json
 from loratool.safetensors_file import lazy_tensors, read_header
 from loratool.updates import DoRA, Experts, Kind, LowRank, Replacement, Update
 from loratool.writer import Spool, write_file, write_safetensors
@@ -92,8 +92,7 @@ model, tokenizer = load("BASE", adapter_path="ADAPTER")
         for name in transposed:
             if name in updates:
                 updates[name] = replace(updates[name], transposed=True)
-        model_files, config = _ours.model_files(path) if is_dir(path) else ({}, None)
-        own = (file, folder / CONFIG, *((path / MANIFEST,) if is_dir(path) else ()))
+        files, model_files, config = _ours.beside(path, (file, folder / CONFIG))
         facts.setdefault("base_name", _text(settings.get("model")))
         return Adapter(
             updates,
@@ -103,10 +102,7 @@ model, tokenizer = load("BASE", adapter_path="ADAPTER")
             context=reader.replaced,
             problems=tuple(reader.problems),
             notes=notes,
-            files={
-                **{one.name: one for one in own if is_file(one)},
-                **{f"model/{name}": source for name, source in model_files.items()},
-            },
+            files=files,
             path=path,
         )
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import LazyUpdate
+from loratool.adapter import LazyUpdate, replacement
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import Problem
 from loratool.families import is_embedding
-from loratool.updates import DoRA, Experts, Kind, LowRank, Replacement, Update
+from loratool.updates import DoRA, Experts, Kind, LowRank, Update
 from loratool_plugins.adapter_formats._experts import DOWN, GATE_UP, assembled
 from loratool_plugins.adapter_formats._scales import unfold
 
@@ -132,10 +132,7 @@ class Reader:
             message = "is quantized: what replaces a tensor must be floats"
             self._complain(name, message, "a float", tensor.dtype)
         value = self.replaced[name] = tensor.renamed(name)
-        return LazyUpdate(
-            name, "replacement", tensor.shape, tensor.dtype, lambda: Replacement(value),
-            origin=tensor.origin, stored=(tensor,),
-        )  # fmt: skip
+        return replacement(value, tensor)
 
     def _update(self, module: str, parts: Mapping[str, LazyTensor]) -> LazyUpdate | None:
         for part, other in (("lora_a", "lora_b"), ("lora_b", "lora_a")):

@@ -12,7 +12,7 @@ from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Rereading
 from loratool.checkpoint import LazyTensor
 from loratool.errors import FormatError, Problem
 from loratool.files import is_file
-from loratool.json_files import MANIFEST, read_json
+from loratool.json_files import read_json
 from loratool.updates import Kind, Update
 from loratool.writer import Spool, write_file, write_safetensors
 from loratool_plugins.adapter_formats import _ours, peft_config
@@ -105,8 +105,7 @@ def _open(path: Path, options: FormatOptions) -> Adapter:
     ours = _ours.restored(said, str(weights.file))
     if _ours.KEY in weights.metadata:
         updates = _oriented(updates, ours["transposed"])
-    model_files, model_config = _ours.model_files(path)
-    own = [file for file in (path / _CONFIG, weights.file, path / MANIFEST) if is_file(file)]
+    files, model_files, model_config = _ours.beside(path, (path / _CONFIG, weights.file))
     return Adapter(
         updates,
         model_files=model_files,
@@ -123,10 +122,7 @@ def _open(path: Path, options: FormatOptions) -> Adapter:
         context=reader.replaced,
         rslora=bool(settings.get("use_rslora")),
         short_targets=_short_targets(settings, updates),
-        files={
-            **{file.name: file for file in own},
-            **{f"model/{name}": file for name, file in model_files.items()},
-        },
+        files=files,
         notes=(*weights.notes, *reader.notes),
         problems=(*weights.problems, *reader.problems),
         rereading=Rereading(frozenset({"base"}), updates, lambda told: _open(path, told))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.adapter import LazyUpdate
+from loratool.adapter import LazyUpdate, replacement
 from loratool.checkpoint import LazyTensor
 from loratool.dtypes import is_float
 from loratool.errors import Problem
@@ -20,7 +20,6 @@ from loratool.updates import (
     LoHa,
     LoKr,
     LowRank,
-    Replacement,
     Rows,
     Update,
 )
@@ -132,15 +131,7 @@ class Reader:
 
     def _replacement(self, name: str, tensor: LazyTensor) -> LazyUpdate:
         value = self.replaced[name] = tensor.renamed(name)
-        return LazyUpdate(
-            name,
-            "replacement",
-            tensor.shape,
-            tensor.dtype,
-            lambda: Replacement(value),
-            origin=tensor.origin,
-            stored=(tensor,),
-        )
+        return replacement(value, tensor)
 
     def _of_module(self, module: str, parts: Parts) -> list[LazyUpdate]:
         """The updates that one module's tensors make; none, after complaints, if they do not."""
