@@ -271,7 +271,7 @@ def _vllm_obstacles(subject: Subject, adapter: Adapter, rank: int) -> list[str]:
         found.append("it replaces whole tensors")
     if any(len(update.shape) == 1 and not update.is_whole for update in adapter.values()):
         found.append("it changes biases")
-    if alien := kinds - WHOLE - FACTORED - {"dense"}:
+    if alien := kinds - WHOLE - (FACTORED - {"sparse"}) - {"dense"}:
         names = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in alien)
         found.append(f"it is no plain LoRA but {names} (`loratool convert --to-lora` makes it one)")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
