@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import InputError, Problem
 from loratool.files import named
-from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Update
+from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Sparse, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -101,6 +101,18 @@ def replacement(value: LazyTensor, stored: LazyTensor) -> LazyUpdate:
         origin=stored.origin,
         stored=(stored,),
     )
+
+
+def without_entries(update: LazyUpdate) -> LazyUpdate:
+    """The low-rank part of an update with single entries; any other one as it is."""
+    if update.kind != "sparse":
+        return update
+
+    def load() -> Update | None:
+        found = update.load()
+        return found.added if isinstance(found, Sparse) else found
+
+    return replace(update, kind="low_rank", load=load, stored=())
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def extract(
     factorizer: str = "krylov",
     seed: int = 0,
     dtype: str | None = None,
+    sparse: float | None = None,
     lora_only: bool = False,
     embeddings: str = "whole",
     map: Sequence[str] = (),
@@ -124,6 +125,8 @@ def extract(
         factorizer: "krylov" or "exact", or another plugin's name, with options.
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
+        sparse: keep this many of the largest entries that low rank leaves out of each matrix, or
+            below 1 this share of its entries.
         lora_only: leave out what is not a low-rank update.
         embeddings: "whole" to keep changed embeddings whole, "lowrank" to factorize them.
         map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
@@ -137,8 +140,8 @@ def extract(
         UsageError: an option's value makes no sense.
     """
     step = Extract(
-        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format,
+        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, sparse,
+        lora_only, embeddings, tuple(map), architecture, base_name, format,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 

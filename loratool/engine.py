@@ -130,6 +130,8 @@ def refusals(adapter: Adapter, writer: plugins.AdapterFormat) -> list[Problem]:
 def _cure(update: LazyUpdate) -> str:
     """What is wrong with an update of a kind that a format does not carry, and what helps."""
     message = f"the format has no {KIND_NAMES[update.kind]}: `loratool convert` "
+    if update.kind == "sparse":
+        return message + "makes plain LoRA of it (--to-lora), or leaves its entries out (--drop)"
     if update.kind in FACTORABLE and len(update.shape) > 1:
         message += "makes plain LoRA of it (--to-lora), or "
     return message + "leaves it out (--drop)"

@@ -139,6 +139,11 @@ def _adapter_body(subject: Subject) -> Iterator[str]:
         if number := numbers[update_kind]:
             ranks = [u.rank for u in adapter.values() if u.kind == update_kind and u.rank]
             yield f"- {counted_kind(update_kind, number)}{of_rank(ranks)}"
+    if numbers["sparse"]:
+        yield (
+            "- the single entries lie in sparse.safetensors, which only loratool uses: PEFT loads "
+            "the factors alone"
+        )
     ranks = [update.rank for update in adapter.values() if update.rank]
     energy = _part(subject.manifest, "totals").get("energy")
     if isinstance(energy, float | int):

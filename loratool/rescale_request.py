@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from loratool.adapter import LazyUpdate
+from loratool.adapter import LazyUpdate, without_entries
 from loratool.errors import Problem
 from loratool.linalg import RankPolicy
-from loratool.updates import FACTORED, KIND_NAMES, NEED_BASE, Sparse, Update
+from loratool.updates import FACTORED, KIND_NAMES, NEED_BASE
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,6 @@ def sort(updates: Mapping[str, LazyUpdate], request: Request) -> Sorted:
     problems = [*_not_linear(updates, request), *_without_factors(others, request)]
     entries = frozenset(name for name, update in updates.items() if update.kind == "sparse")
     return Sorted(factored, beside, others, entries, tuple(problems))
-
-
-def without_entries(update: LazyUpdate) -> LazyUpdate:
-    """The low-rank part of an update with single entries; any other one as it is."""
-    if update.kind != "sparse":
-        return update
-
-    def load() -> Update | None:
-        found = update.load()
-        return found.added if isinstance(found, Sparse) else found
-
-    return replace(update, kind="low_rank", load=load)
 
 
 def _not_linear(updates: Mapping[str, LazyUpdate], request: Request) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ Kind = Literal[
 # What a person calls them.
 KIND_NAMES: dict[Kind, str] = {
     "low_rank": "low-rank update",
-    "sparse": "low-rank update with single entries",
+    "sparse": "low-rank and sparse update",
     "experts": "low-rank update of experts",
     "dense": "full-size delta",
     "loha": "LoHa update",

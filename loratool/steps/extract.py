@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -13,18 +14,20 @@ from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.pairing import Change, Pair, Selection, pair_models
 from loratool.plugins import Operand, option
+from loratool.reports import listed
 from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
 )
-from loratool.updates import matrix_shape, swapped
+from loratool.updates import LowRank, Sparse, Update, matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.delta import DeltaReader
+    from loratool.representation import Advisor
 
 _DEFAULT_RANK = 16
 
@@ -53,6 +56,12 @@ class Extract:
         None, "type of the factors (default: bf16 for bf16 models, else fp32)",
         choices=tuple(FLOAT_NAMES),
     )  # fmt: skip
+    sparse: float | None = option(
+        None,
+        "keep this many of the largest entries that low rank leaves out of each matrix, or below "
+        "1 this share of its entries, in a file of their own",
+        metavar="K",
+    )
     lora_only: bool = option(
         False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
@@ -70,7 +79,14 @@ class Extract:
     def __post_init__(self) -> None:
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
-        plugins.create("adapter_formats", self.format)
+        writer = plugins.create("adapter_formats", self.format)
+        if self.sparse is not None:
+            _check_sparse(self.sparse)
+            if "sparse" not in writer.carries:
+                raise UsageError(
+                    f"--sparse: the format {self.format} has no place for single entries: extract "
+                    "without it, or leave --format out"
+                )
 
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
@@ -84,9 +100,11 @@ class Extract:
         factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
+        from loratool.representation import Advisor
 
-        reader = DeltaReader(factorizer, policy, self.seed)
-        low_rank, whole = _updates(pair, reader, policy, dtype)
+        reader, advisor = DeltaReader(factorizer, policy, self.seed), Advisor(self.seed)
+        extraction = _Extraction(reader, policy, dtype, self.sparse, advisor)
+        low_rank, whole = _updates(pair, extraction)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
@@ -106,10 +124,15 @@ class Extract:
             moves=pair.alignment.moves,
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=(*pair.notes, *_table_notes(pair), *_rank_notes(pair, policy)),
+            notes=(
+                *pair.notes,
+                *_table_notes(pair),
+                *_rank_notes(pair, policy),
+                *(_sparse_notes(low_rank) if self.sparse is not None else ()),
+            ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base)),
-            facts=lambda: _facts(self, policy, pair, reader),
+            provenance=_provenance(pair, self._base_name(base), advisor, self.sparse is not None),
+            facts=lambda: {**_facts(self, policy, pair, reader), **advisor.facts()},
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
@@ -130,7 +153,33 @@ class Extract:
         return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
-def _provenance(pair: Pair, base_name: str) -> Provenance:
+@dataclass(frozen=True)
+class _Extraction:
+    """What every update is made with.
+
+    Attributes:
+        reader: reads and factorizes.
+        policy: how many singular values are kept.
+        dtype: safetensors name of the factors' type, or None for the usual one.
+        sparse: how many entries are kept besides, or which share; None for none.
+        advisor: sees what was found.
+    """
+
+    reader: DeltaReader
+    policy: RankPolicy
+    dtype: str | None
+    sparse: float | None
+    advisor: Advisor
+
+
+def _check_sparse(wanted: float) -> None:
+    if not (0 < wanted < 1 or (wanted >= 1 and wanted == int(wanted))):
+        raise UsageError(
+            f"--sparse {wanted:g}: give a number of entries, or a share between 0 and 1 of all"
+        )
+
+
+def _provenance(pair: Pair, base_name: str, advisor: Advisor, sparse: bool) -> Provenance:
     architecture = architecture_of(pair.config) or "AutoModel"
     base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
     return Provenance(
@@ -138,6 +187,7 @@ def _provenance(pair: Pair, base_name: str) -> Provenance:
         "Extracted",
         f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
         "adapter extracted by loratool.",
+        tuple if sparse else advisor.lines,  # what they advise is what was asked for
     )
 
 
@@ -147,35 +197,47 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
 
 
 def _updates(
-    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    pair: Pair, extraction: _Extraction
 ) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
     for change in pair.changes():
         if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype)
+            low_rank[change.name] = _low_rank(change, extraction)
         else:
-            whole[change.name] = _replacement(change, reader)
+            whole[change.name] = _replacement(change, extraction.reader)
     return low_rank, whole
 
 
-def _low_rank(
-    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None
-) -> LazyUpdate:
+def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
     before, after = change.before, change.after
     assert before is not None  # of what is factored
     shape = swapped(after.shape) if change.transposed else after.shape
     experts = change.kind == "experts"
-    dtype = dtype or ("BF16" if before.dtype == "BF16" else "F32")
-    factorize = reader.factorize_experts if experts else reader.factorize
+    policy, reader = extraction.policy, extraction.reader
+    dtype = extraction.dtype or ("BF16" if before.dtype == "BF16" else "F32")
+    sparse = None if experts else extraction.sparse
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
+
+    def load() -> Update | None:
+        if experts:
+            return reader.factorize_experts(before, after, change.transposed, dtype)
+        found: LowRank | Sparse | None
+        found = reader.factorize(before, after, change.transposed, dtype)
+        if sparse is not None:
+            from loratool.sparse import with_entries
+
+            found = with_entries(found, before, after, change.transposed, sparse, dtype)
+        extraction.advisor.see(change.name, found, before, after)
+        return found
+
     return LazyUpdate(
         change.name,
-        "experts" if experts else "low_rank",
+        "experts" if experts else "sparse" if sparse is not None else "low_rank",
         shape,
         dtype,
-        lambda: factorize(before, after, change.transposed, dtype),
+        load,
         rank=policy.limit(matrix) if policy.rank else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
@@ -226,6 +288,13 @@ def _rank_notes(pair: Pair, policy: RankPolicy) -> list[str]:
     ]
 
 
+def _sparse_notes(low_rank: Mapping[str, LazyUpdate]) -> list[str]:
+    found = [name for name, update in low_rank.items() if update.kind == "experts"]
+    if not found:
+        return []
+    return [f"--sparse: {listed(found, 2)}: experts in one tensor get no single entries"]
+
+
 def _in_order(finetuned: Checkpoint, updates: dict[str, LazyUpdate]) -> dict[str, LazyUpdate]:
     return {name: updates[name] for name in finetuned if name in updates}
 
@@ -246,6 +315,7 @@ def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -
             "energy": policy.energy,
             "factorizer": step.factorizer,
             "seed": step.seed,
+            "sparse": step.sparse,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,
         },
