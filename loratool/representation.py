@@ -152,7 +152,7 @@ def _needed(squares: np.ndarray, share: float = SHARE) -> float:
     held = np.cumsum(np.sort(squares)[::-1])
     if not held.size or held[-1] == 0:
         return 0.0
-    number: int = np.count_nonzero(held < share * held[-1]) + 1
+    number = int(np.count_nonzero(held < share * held[-1])) + 1
     return min(1.0, number / len(held))
 
 
@@ -218,8 +218,8 @@ class Forms:
         return (
             f"LoRA is the wrong tool here: the difference is {why}; about "
             f"{format_share(self.changed)} of the weights changed",
-            f"{self.share:.0%} of its energy takes {more}{format_bytes(self.low_rank)} as low rank, "
-            f"about {format_bytes(self.sparse)} as single entries; all of it "
+            f"{self.share:.0%} of its energy takes {more}{format_bytes(self.low_rank)} as low "
+            f"rank, about {format_bytes(self.sparse)} as single entries; all of it "
             f"{format_bytes(self.dense)}: {advice}",
         )
 
@@ -227,7 +227,7 @@ class Forms:
 def _rounded_up(share: float) -> float:
     """To two digits."""
     digits = 1 - math.floor(math.log10(share)) if share > 0 else 0
-    return min(math.ceil(share * 10**digits) / 10**digits, 0.99)
+    return min(math.ceil(share * 10.0**digits) / 10.0**digits, 0.99)
 
 
 def forms_of(

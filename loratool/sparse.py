@@ -21,6 +21,11 @@ from loratool.updates import LowRank, Sparse
 
 # How many more entries than wanted are gathered, at least, before the smallest are dropped.
 _SURPLUS = 1 << 16
+# A threshold to begin with is guessed from so many elements, if at least so many of them count, so
+# that about this many times the entries that are wanted exceed it.
+_SAMPLE = 1 << 18
+_FEWEST = 1 << 8
+_MORE = 1.15
 
 _scratch = Workspace()
 
@@ -118,32 +123,59 @@ def largest_entries(
         update: in the orientation of the tensors.
         number: how many at most; entries that are 0 are never among them.
     """
-    shape = (update.b.shape[0], update.a.shape[1])
-    before, after = before.reshape(shape), after.reshape(shape)
-    wide = torch.float64 in (before.dtype, after.dtype)
-    kind = torch.float64 if wide else torch.float32
-    a, b = update.a.to(kind), update.b.to(kind) * update.scale
-    gathered, energy = _Largest(number, kind), 0.0
-    for rows in tiles(before):
-        size = before[rows].shape
-        tile, product = (_scratch.take(name, tuple(size), kind) for name in ("tile", "product"))
-        difference(after[rows], before[rows], tile)
-        tile.sub_(torch.mm(b[rows], a, out=product))
-        energy += _energy(tile) if wide else squared_norm(tile)
-        gathered.see(tile.view(-1), product.view(-1), rows.start * shape[1])
-    positions, values = gathered.finish()
-    return Residual(positions, values, energy)
+    found = _Left(before, after, update)
+    start = found.guess(number)
+    result = found.gather(number, start)
+    if start and len(result.positions) < number:  # the sample was misleading
+        result = found.gather(number, 0.0)
+    return result
+
+
+class _Left:
+    """after - before - update as a matrix, formed tile by tile in reused buffers."""
+
+    def __init__(self, before: torch.Tensor, after: torch.Tensor, update: LowRank) -> None:
+        self._shape = (update.b.shape[0], update.a.shape[1])
+        self._before, self._after = before.reshape(self._shape), after.reshape(self._shape)
+        wide = torch.float64 in (before.dtype, after.dtype)
+        self._kind = torch.float64 if wide else torch.float32
+        self._a, self._b = update.a.to(self._kind), update.b.to(self._kind) * update.scale
+
+    def guess(self, number: int) -> float:
+        """A magnitude that a few more entries than `number` exceed, from some rows; 0 for none."""
+        rows, columns = self._shape
+        count = min(rows, max(1, _SAMPLE // columns))
+        wanted = math.ceil(_MORE * number * count / rows)
+        if wanted < _FEWEST or wanted >= count * columns:
+            return 0.0
+        chosen = torch.linspace(0, rows - 1, count).round().long()
+        sample = torch.empty(count, columns, dtype=self._kind)
+        difference(self._after[chosen], self._before[chosen], sample)
+        sizes = sample.sub_(self._b[chosen] @ self._a).abs_().view(-1).numpy()
+        return float(np.partition(sizes, len(sizes) - wanted)[len(sizes) - wanted])
+
+    def gather(self, number: int, start: float) -> Residual:
+        """The largest entries among those that exceed `start`, and the energy of all."""
+        gathered, energy = _Largest(number, self._kind, start), 0.0
+        for rows in tiles(self._before):
+            size = tuple(self._before[rows].shape)
+            tile, product = (_scratch.take(name, size, self._kind) for name in ("tile", "product"))
+            difference(self._after[rows], self._before[rows], tile)
+            tile.sub_(torch.mm(self._b[rows], self._a, out=product))
+            energy += _energy(tile) if self._kind == torch.float64 else squared_norm(tile)
+            gathered.see(tile.view(-1), product.view(-1), rows.start * self._shape[1])
+        return Residual(*gathered.finish(), energy)
 
 
 class _Largest:
     """Gathers the entries of largest magnitude of tiles that come in order."""
 
-    def __init__(self, number: int, kind: torch.dtype) -> None:
+    def __init__(self, number: int, kind: torch.dtype, start: float) -> None:
         self._number = number
         self._positions = [np.empty(0, dtype=np.int64)]
         self._values = [torch.empty(0, dtype=kind).numpy()]
         self._held = 0
-        self._least = 0.0  # what is not larger cannot be among them
+        self._least = start  # what is not larger cannot be among them
 
     def see(self, values: torch.Tensor, scratch: torch.Tensor, start: int) -> None:
         """The next entries.
@@ -153,8 +185,7 @@ class _Largest:
             scratch: (n,), overwritten.
             start: the position of the first.
         """
-        large = torch.abs(values, out=scratch).numpy() > self._least
-        found = np.flatnonzero(large)
+        found = np.flatnonzero(torch.abs(values, out=scratch).numpy() > self._least)
         if not len(found):
             return
         self._values.append(values.numpy()[found])

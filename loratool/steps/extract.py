@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -173,7 +174,7 @@ class _Extraction:
 
 
 def _check_sparse(wanted: float) -> None:
-    if not (0 < wanted < 1 or (wanted >= 1 and wanted == int(wanted))):
+    if not (0 < wanted < 1 or (1 <= wanted < math.inf and wanted == int(wanted))):
         raise UsageError(
             f"--sparse {wanted:g}: give a number of entries, or a share between 0 and 1 of all"
         )
