@@ -52,6 +52,7 @@ class LazyUpdate:
         rows: which rows of a table are replaced.
         embedding: whether it is for an embedding's table, which formats store in another way.
         axis: of DoRA, 1 if each column of the weight has a magnitude instead of each row.
+        entries: how many single entries there are beside the factors, at most.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LazyUpdate:
     rows: tuple[int, ...] = ()
     embedding: bool = False
     axis: int = 0
+    entries: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -112,7 +114,7 @@ def without_entries(update: LazyUpdate) -> LazyUpdate:
         found = update.load()
         return found.added if isinstance(found, Sparse) else found
 
-    return replace(update, kind="low_rank", load=load, stored=())
+    return replace(update, kind="low_rank", load=load, stored=(), entries=0)
 
 
 @dataclass(frozen=True)

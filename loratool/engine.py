@@ -153,6 +153,9 @@ def _compute(
         yield update, found
 
 
+_PLACE_BYTES = 2  # of a single entry, about
+
+
 def _needed_bytes(adapter: Adapter) -> int:
     """Disk that writing an adapter takes at most; factors are spooled first, so they count twice.
 
@@ -167,6 +170,7 @@ def _needed_bytes(adapter: Adapter) -> int:
         elif update.rank:
             elements = update.rank * elements_a_rank(update.kind, update.shape)
             total += 2 * elements * itemsize(update.dtype)
+            total += 2 * update.entries * (itemsize(update.dtype) + _PLACE_BYTES)
         elif update.kind == "dense":
             total += 2 * update.nbytes
     return total

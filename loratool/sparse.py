@@ -17,7 +17,7 @@ from loratool.dtypes import torch_dtype
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Workspace, is_finite, squared_norm, tiles
 from loratool.tiling import difference
-from loratool.updates import LowRank, Sparse
+from loratool.updates import LowRank, Sparse, entries_of
 
 # How many more entries than wanted are gathered, at least, before the smallest are dropped.
 _SURPLUS = 1 << 16
@@ -90,12 +90,6 @@ def with_entries(
     certificate = _together(found.certificate, max(0.0, left))
     update = Sparse(stored, positions, values, certificate=certificate)
     return replace(update.transposed(), added=found) if transposed else update
-
-
-def entries_of(wanted: float, elements: int) -> int:
-    """How many of a matrix's elements a number, or below 1 a share, means: at least one."""
-    number = round(wanted * elements) if wanted < 1 else int(wanted)
-    return max(1, min(number, elements))
 
 
 def _together(low_rank: Certificate, left: float) -> Certificate:

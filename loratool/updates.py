@@ -79,6 +79,12 @@ def elements_a_rank(kind: Kind, shape: Sequence[int]) -> int:
     return sum(matrix_shape(shape))
 
 
+def entries_of(wanted: float, elements: int) -> int:
+    """How many of a matrix's elements a number, or below 1 a share, means: at least one."""
+    number = round(wanted * elements) if wanted < 1 else int(wanted)
+    return max(1, min(number, elements))
+
+
 @dataclass(frozen=True)
 class LowRank:
     """delta = scale * B @ A (Hu et al., 2021, "LoRA", section 4.1).

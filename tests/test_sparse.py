@@ -20,8 +20,8 @@ from loratool.linalg import Certificate
 from loratool.merging import Survival, merged_blocks
 from loratool.parts import Share, joined, rows_of
 from loratool.scaling import squared_norm
-from loratool.sparse import entries_of, largest_entries, with_entries
-from loratool.updates import Dense, LowRank, Sparse
+from loratool.sparse import largest_entries, with_entries
+from loratool.updates import Dense, LowRank, Sparse, entries_of
 from tests.lazy import adapter_of, close, lazy_tensor
 from tests.test_merging import bits, nearest
 from tests.updates import Shape, delta, randn, sparse, sparses

@@ -24,7 +24,7 @@ from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
 )
-from loratool.updates import LowRank, Sparse, Update, matrix_shape, swapped
+from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.delta import DeltaReader
@@ -242,6 +242,7 @@ def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
         rank=policy.limit(matrix) if policy.rank else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
+        entries=0 if sparse is None else entries_of(sparse, after.numel),
     )
 
 

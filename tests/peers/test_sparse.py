@@ -23,5 +23,5 @@ def test_peft_has_the_factors_and_a_merge_the_entries(
     wanted = outputs(by_hand(pair, adapter, model))
     found = outputs(load_strictly(model, adapter))
     assert distance(found, wanted) < 1e-5 and distance(found, tuned) > 1e-2
-    loratool.merge(pair.base, [adapter]).save(tmp_path / "merged")
+    loratool.merge(pair.base, [(adapter, 1.0)]).save(tmp_path / "merged")
     assert distance(outputs(load(pair.recipe.tuned, tmp_path / "merged")), tuned) < 1e-5
