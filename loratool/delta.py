@@ -17,6 +17,7 @@ from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.experts import gathered
 from loratool.linalg import (
+    Context,
     Factorization,
     Factorizer,
     RankPolicy,
@@ -78,7 +79,7 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factors(base.read(), tuned.read(), generator)
+            found = self._factors(tuned.name, base.read(), tuned.read(), transposed, generator)
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
@@ -110,7 +111,7 @@ class DeltaReader:
         experts: list[LowRank] = []
         for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
             try:
-                found = self._factors(before, after, generator)
+                found = self._factors(tuned.name, before, after, transposed, generator)
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
             experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
@@ -124,10 +125,20 @@ class DeltaReader:
         return update
 
     def _factors(
-        self, before: torch.Tensor, after: torch.Tensor, generator: torch.Generator
+        self,
+        name: str,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        transposed: bool,
+        generator: torch.Generator,
     ) -> Factorization:
-        delta = self._delta(before.flatten(1), after.flatten(1))
-        return self._factorizer.factorize(delta, self._policy, generator)
+        context = Context(name, before.flatten(1), after.flatten(1), transposed)
+        delta = self._delta(context.before, context.after)
+        factorize_in = getattr(self._factorizer, "factorize_in", None)
+        if factorize_in is None:
+            return self._factorizer.factorize(delta, self._policy, generator)
+        found: Factorization = factorize_in(delta, self._policy, generator, context)
+        return found
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.

@@ -145,8 +145,29 @@ class Factorization:
     certificate: Certificate
 
 
+@dataclass(frozen=True)
+class Context:
+    """Where a delta comes from, for factorizers that use more than its values.
+
+    Attributes:
+        name: of the fine-tune's tensor, for messages.
+        before: (out, in), the base's values in their own dtype, lying as the delta does.
+        after: the fine-tune's, likewise.
+        transposed: whether the delta lies as (in, out), so that its inputs are along axis 0.
+    """
+
+    name: str
+    before: torch.Tensor
+    after: torch.Tensor
+    transposed: bool
+
+
 class Factorizer(Protocol):
-    """A plugin of kind "factorizers": pure, deterministic for a given generator."""
+    """A plugin of kind "factorizers": pure, deterministic for a given generator.
+
+    One that uses more than the delta also has `factorize_in(delta, policy, generator, context)`,
+    which is called instead where a `Context` is known.
+    """
 
     def factorize(
         self, delta: torch.Tensor, policy: RankPolicy, generator: torch.Generator
