@@ -374,20 +374,29 @@ def convert(
     return _as(LazyAdapter, step.run(_adapter(adapter), opened))
 
 
-def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = False) -> Report:
+def inspect(
+    ref: AdapterLike | Checkpoint,
+    *,
+    deep: bool = False,
+    all: bool = False,
+    plot: str | None = None,
+) -> Report:
     """What an adapter or a checkpoint is made of; `data` is always complete.
 
     Args:
         ref: the adapter or checkpoint.
         deep: read a checkpoint's values, too: norms and digests.
         all: list every module in the report's table, not only the largest.
+        plot: draw it, too, to this .svg or .png file, which is replaced; a checkpoint: with `deep`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or matplotlib is missing.
         FormatError: no format recognises it.
+        OutputError: the picture cannot be written.
+        UsageError: a picture of a checkpoint without `deep`, or with another suffix.
     """
     opened = ref if isinstance(ref, Adapter | Checkpoint) else open_any(ref)
-    return Inspect(deep, all).run(opened)
+    return Inspect(deep, all, plot).run(opened)
 
 
 def diff(

@@ -257,10 +257,10 @@ def _advice_lines(
         return
     spectra = [d for d in differences if d.is_changed and d.spectrum is not None]
     above = [d.spectrum.above(d.edge).low for d in spectra if d.spectrum is not None]
-    least = all(d.spectrum.above(d.edge).is_exact for d in spectra if d.spectrum is not None)
+    exact = all(d.spectrum.above(d.edge).is_exact for d in spectra if d.spectrum is not None)
     yield (
-        f"rounding noise: {'' if least else 'at least '}{min(above):.0f} to {max(above):.0f} "
-        f"singular values of a matrix stand above it, {median_high(above):.0f} in the median"
+        f"rounding noise: {'' if exact else 'at least '}{median_high(above):.0f} singular values "
+        f"of the median matrix stand above it ({min(above):.0f} to {max(above):.0f})"
     )
     kept = [f"rank {rank} {share:.0%}" for rank, share in _told_ranks(advice)]
     needed = advice.rank_for[0.9]

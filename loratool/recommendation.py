@@ -16,6 +16,7 @@ Look = Literal["same", "merged_lora", "sparse", "full", "whole", "unknown"]
 
 # A rank that keeps this share is enough; where none does, doubling it has to add this much.
 ENOUGH, WORTH_DOUBLING = 0.9, 0.05
+_STEP = 8
 # A change of fewer weights than this may be sparse.
 _FEW = 0.35
 # A place in a sparse matrix takes an index of so many bytes beside its value.
@@ -77,12 +78,12 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
         if any(rank < 2 * len(s.sigma) for s in spectra)
     }
     merged = _merged_rank(factored)
-    rank = merged or _worthwhile(kept)
-    rank_for = {share: smallest_rank(spectra, share) for share in (0.5, 0.9, 0.99)}
-    needed = rank_for[ENOUGH].high
+    rank_for = {share: smallest_rank(spectra, share) for share in (0.5, ENOUGH, 0.99)}
+    rank = merged or _worthwhile(kept, rank_for[ENOUGH])
+    needed = rank_for[ENOUGH].low
     if merged:
         look = "merged_lora"
-    elif _is_few(factored) and sparse < needed * _bytes_a_rank(factored):
+    elif _is_few(factored) and sparse < factors_size(factored, int(needed)):
         look = "sparse"
     else:
         look = "full"
@@ -105,10 +106,6 @@ def factors_size(factored: Sequence[Difference], rank: int) -> int:
     return sum(
         min(rank, *shape_of(d)) * sum(shape_of(d)) * _experts(d) * _itemsize(d) for d in factored
     )
-
-
-def _bytes_a_rank(factored: Sequence[Difference]) -> int:
-    return factors_size(factored, 1)
 
 
 def _experts(difference: Difference) -> int:
@@ -138,15 +135,17 @@ def _merged_rank(factored: Sequence[Difference]) -> int | None:
     return max(rank for rank, count in ranks.items() if count == most)
 
 
-def _worthwhile(kept: dict[int, float]) -> int:
-    """The smallest rank that keeps enough, or the last whose doubling was worth it."""
-    best = before = 0.0
+def _worthwhile(kept: dict[int, float], needed: Range) -> int:
+    """A rank that keeps enough, or the last whose doubling was worth it.
+
+    Above 8 the former is rounded up to a multiple of 8, as products of such sizes are fast.
+    """
+    before = 0.0
     chosen = 1
     for rank, share in kept.items():
-        best = share
         if share - before < WORTH_DOUBLING:
-            break
-        chosen, before = rank, best
-        if share >= ENOUGH:
-            break
+            return chosen
+        if share >= ENOUGH and needed.is_exact:
+            return rank if rank <= _STEP else -(-int(needed.low) // _STEP) * _STEP
+        chosen, before = rank, share
     return chosen

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Points of all lines of a panel together, and of each at least: SVG files stay small.
-_POINTS, _LEAST_POINTS = 2000, 12
+_POINTS, _LEAST_POINTS = 1600, 12
 _DECADES = 1e4  # from the largest to the smallest singular value in the picture
 _SHOWN_LAYERS = 24  # numbers under a heat map; of more layers every other, fifth, tenth, ...
 
@@ -228,7 +228,7 @@ def energy_curves(axes: Axes, lines: Sequence[Line], title: str, rank: int | Non
         axes: where.
         lines: the matrices.
         title: what is shown.
-        rank: one to mark, with the energy of all matrices together.
+        rank: one to mark, with the energy that it keeps of all matrices together.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -258,12 +258,7 @@ def energy_curves(axes: Axes, lines: Sequence[Line], title: str, rank: int | Non
     if rank is not None and rank <= longest:
         kept = math.fsum(_at(_shares(line), rank) * line.total for line in lines if line.total)
         axes.axvline(rank, color=CATEGORIES[4], linewidth=1.2)
-        is_right = rank * rank > longest
-        axes.annotate(
-            f"rank {rank}: {kept / total:.0%}", (rank, 0.38), xytext=(-4 if is_right else 4, 0),
-            textcoords="offset points", ha="right" if is_right else "left", color=CATEGORIES[4],
-            fontsize=9,
-        )  # fmt: skip
+        title = f"{title}: rank {rank} keeps {kept / total:.0%}"
     axes.set_xlabel("rank of every matrix")
     axes.set_ylabel("energy kept")
     axes.set_title(title, loc="left")
