@@ -120,7 +120,9 @@ def _drawn(figure: Figure, suffix: str) -> bytes:
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
     figure.savefig(buffer, format=suffix, dpi=_DPI, metadata=metadata)
     content = buffer.getvalue()
-    return _COORDINATES.sub(_shortened, content) if suffix == "svg" else content
+    if suffix == "svg":
+        content = _INDENTS.sub(b"\n", _COORDINATES.sub(_shortened, content))
+    return content
 
 
 def _shortened(match: re.Match[bytes]) -> bytes:
@@ -131,4 +133,5 @@ def _shortened(match: re.Match[bytes]) -> bytes:
 
 _COORDINATES = re.compile(rb' (?:d|x|y)="[^"]*"')
 _DIGITS = re.compile(rb"(\.\d)\d+")
+_INDENTS = re.compile(rb" *\n *")
 _CURVES = re.compile(rb"[CQ]")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,6 +12,8 @@ from loratool.plotting.canvas import Draw, draw_panels
 from loratool.plotting.panels import Cell, Line, energy_curves, heat_map, ranges, spectra
 
 Facts = Mapping[str, Any]
+
+_RELATIVE = "||ΔW|| / ||W||"
 
 
 def draw_difference(data: Facts, path: Path) -> None:
@@ -37,37 +40,28 @@ def draw_difference(data: Facts, path: Path) -> None:
     recommended = data["recommendation"]
     maps: list[Draw] = []
     if mapped:
-        maps.append(
-            lambda axes: heat_map(
-                axes, _cells(mapped, lambda f: f["relative_norm"]),
-                "Relative norm of the change", "||ΔW|| / ||W||", percent=True,
-            )
-        )  # fmt: skip
+        cells = [Cell(f["label"], f["layer"], f["relative_norm"]) for f in mapped]
+        title = "Relative norm of the change"
+        maps.append(partial(heat_map, cells=cells, title=title, unit=_RELATIVE, percent=True))
     if mapped and lines:
-        maps.append(
-            lambda axes: heat_map(
-                axes, _rank_cells(mapped),
-                "Rank that holds 90% of the energy of the change"
-                + "  (>: more than were looked for)" * any(c.is_least for c in _rank_cells(mapped)),
-                "rank", whole=True,
-            )
-        )  # fmt: skip
+        cells = _rank_cells(mapped)
+        title = "Rank that holds 90% of the energy of the change"
+        title += "  (>: more than were looked for)" * any(cell.is_least for cell in cells)
+        maps.append(partial(heat_map, cells=cells, title=title, unit="rank", whole=True))
     panels: list[Draw] = []
     if lines:
         edges = [f["noise_edge"] for f in matrices if f.get("sigma")]
         rank = recommended and recommended["rank"]
-        panels.append(lambda axes: spectra(axes, lines, "Singular values of the change", edges))
-        panels.append(lambda axes: energy_curves(axes, lines, "Energy of the change", rank))
+        title = "Singular values of the change"
+        panels.append(partial(spectra, lines=lines, title=title, edges=edges))
+        title = "Energy of the change"
+        panels.append(partial(energy_curves, lines=lines, title=title, rank=rank))
     if apart:
-        title = "Other tensors" if mapped else "Tensors"
-        panels.append(lambda axes: ranges(axes, apart, title, "||ΔW|| / ||W||", percent=True))
+        title = "Others" if mapped else "Tensors"
+        panels.append(partial(ranges, values=apart, title=title, label=_RELATIVE, percent=True))
     names = [PurePath(data[side]["name"]).name for side in ("finetuned", "base")]
     heading = f"{names[0]} against {names[1]}: {_looks(data)}"
     draw_panels(path, heading, maps, len({facts["label"] for facts in mapped}), panels)
-
-
-def _cells(matrices: list[Facts], value: Callable[[Facts], float | None]) -> list[Cell]:
-    return [Cell(facts["label"], facts["layer"], value(facts)) for facts in matrices]
 
 
 def _rank_cells(matrices: list[Facts]) -> list[Cell]:

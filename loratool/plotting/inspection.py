@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 from loratool.layers import Place, places
-from loratool.plotting.canvas import draw_panels
-from loratool.plotting.panels import Cell, Line, energy_curves, heat_map, ranges, spectra
+from loratool.plotting.canvas import Draw, draw_panels
+from loratool.plotting.panels import Cell, Line, bars, energy_curves, heat_map, ranges, spectra
 from loratool.reports import format_bytes, format_count
 
 Facts = Mapping[str, Any]
@@ -44,30 +45,25 @@ def _draw_adapter(data: Facts, path: Path) -> None:
         norm = updates[name]["norm"] if name in updates else whole[name]["norm"]
         if name not in mapped and norm:
             apart.setdefault(place.label, []).append(norm)
-    maps = []
+    maps: list[Draw] = []
     if mapped:
-        norms = _cells({name: updates[name]["norm"] for name in mapped}, mapped)
-        maps.append(lambda axes: heat_map(axes, norms, "Norm of the delta", "||ΔW||"))
-        ranks = {n: (updates[n]["effective_rank"] or {}).get("0.9") for n in mapped}
-        if any(ranks.values()):
-            cells = _cells(ranks, mapped)
+        values = {name: updates[name]["norm"] for name in mapped}
+        maps.append(_map(values, mapped, "Norm of the delta", "||ΔW||"))
+        most = {name: (updates[name]["effective_rank"] or {}).get("0.9") for name in mapped}
+        if any(most.values()):
             title = "Rank that holds 90% of the energy of the delta"
-            maps.append(lambda axes: heat_map(axes, cells, title, "rank", whole=True))
-        stored = {name: updates[name]["rank"] for name in mapped}
-        if len(set(stored.values())) > 1:
-            cells_stored = _cells(stored, mapped)
-            maps.append(lambda axes: heat_map(axes, cells_stored, "Rank", "rank", whole=True))
-        scales = {name: updates[name]["scale"] for name in mapped}
-        if len(set(scales.values())) > 1:
-            cells_scales = _cells(scales, mapped)
-            maps.append(lambda axes: heat_map(axes, cells_scales, "Scale", "scale"))
-    panels = []
+            maps.append(_map(most, mapped, title, "rank", whole=True))
+        for key in ("rank", "scale"):
+            values = {name: updates[name][key] for name in mapped}
+            if len(set(values.values())) > 1:
+                maps.append(_map(values, mapped, key.capitalize(), key, whole=key == "rank"))
+    panels: list[Draw] = []
     if lines:
-        panels.append(lambda axes: spectra(axes, lines, "Singular values of the deltas"))
-        panels.append(lambda axes: energy_curves(axes, lines, "Energy of the deltas"))
+        panels.append(partial(spectra, lines=lines, title="Singular values of the deltas"))
+        panels.append(partial(energy_curves, lines=lines, title="Energy of the deltas"))
     if apart:
-        title = "Norms of other tensors" if mapped else "Norms"
-        panels.append(lambda axes: ranges(axes, apart, title, "norm"))
+        title = "Norms of others" if mapped else "Norms"
+        panels.append(partial(ranges, values=apart, title=title, label="norm"))
     draw_panels(path, _adapter_title(data), maps, len({p.label for p in mapped.values()}), panels)
 
 
@@ -97,16 +93,16 @@ def _draw_checkpoint(data: Facts, path: Path) -> None:
     for name, place in told.items():
         if name not in mapped:
             apart.setdefault(place.label, []).append(size[name] or 0.0)
-    sizes: dict[str, list[float]] = {}
+    sizes = dict.fromkeys((place.label for place in mapped.values()), 0.0)
+    sizes["all others"] = 0.0
     for name, place in where.items():
-        label = place.label if name in mapped else "all others"
-        sizes[label] = [sizes.get(label, [0.0])[0] + tensors[name]["bytes"] / 2**20]
-    cells = _cells(size, mapped)
+        sizes[place.label if name in mapped else "all others"] += tensors[name]["bytes"] / 2**20
     title = "Size of the weights, as root mean square"
-    maps = [lambda axes: heat_map(axes, cells, title, "rms")] if mapped else []
-    panels = [lambda axes: ranges(axes, sizes, "Bytes by kind of matrix", "MiB")]
+    maps: list[Draw] = [_map(size, mapped, title, "rms")] if mapped else []
+    panels: list[Draw] = [partial(bars, values=sizes, title="Size on disk", label="MiB")]
     if apart:
-        panels.append(lambda axes: ranges(axes, apart, "Root mean square of other tensors", "rms"))
+        title = "Root mean square of others"
+        panels.append(partial(ranges, values=apart, title=title, label="rms"))
     parameters, stored = format_count(data["parameters"]), format_bytes(data["bytes"])
     heading = f"{_name(data)}: {parameters} parameters, {stored}, {' and '.join(data['dtypes'])}"
     draw_panels(path, heading, maps, len({p.label for p in mapped.values()}), panels)
@@ -120,12 +116,19 @@ def _root_mean_square(facts: Facts) -> float | None:
     return norm / count**0.5 if norm and count else None
 
 
-def _cells(values: Mapping[str, float | None], where: Mapping[str, Place]) -> list[Cell]:
-    return [
+def _map(
+    values: Mapping[str, float | None],
+    where: Mapping[str, Place],
+    title: str,
+    unit: str,
+    whole: bool = False,
+) -> Draw:
+    cells = [
         Cell(place.label, place.layer, values[name])
         for name, place in where.items()
         if place.layer is not None
     ]
+    return partial(heat_map, cells=cells, title=title, unit=unit, whole=whole)
 
 
 def _name(data: Facts) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Points of all lines of a panel together, and of each at least: SVG files stay small.
-_POINTS, _LEAST_POINTS = 1600, 12
+_POINTS, _LEAST_POINTS = 1200, 12
 _DECADES = 1e4  # from the largest to the smallest singular value in the picture
 _SHOWN_LAYERS = 24  # numbers under a heat map; of more layers every other, fifth, tenth, ...
 
@@ -314,6 +314,24 @@ def ranges(
     axes.set_title(title + (f" ({most} of {len(values)})" if len(values) > most else ""),
                    loc="left")  # fmt: skip
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def bars(axes: Axes, values: Mapping[str, float], title: str, label: str) -> None:
+    """One number of each kind of tensors, as a horizontal bar.
+
+    Args:
+        axes: where.
+        values: kind -> its number.
+        title: what is shown.
+        label: of the numbers.
+    """
+    names = list(values)
+    axes.barh(range(len(names)), [values[name] for name in names], color=CATEGORIES[0])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left")
     axes.tick_params(axis="y", length=0)
 
 
