@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -27,6 +28,7 @@ from loratool.skeleton import (
 from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
+    from loratool.calibrated import Calibration
     from loratool.delta import DeltaReader
     from loratool.representation import Advisor
 
@@ -76,8 +78,25 @@ class Extract:
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
+    calibrate: str = option(
+        "", "fit the factors to the inputs in this file: texts, token ids or images "
+        "(--factorizer activation)", metavar="FILE",
+    )  # fmt: skip
+    calibrate_on: str = option(
+        "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
+    )
+    moments: str = option(
+        "full", "the whole second moment of each layer's inputs, or its diagonal",
+        choices=("full", "diagonal"),
+    )  # fmt: skip
+    calibration_samples: int = option(128, "use at most so many samples, the first ones")
+    calibration_length: int | None = option(
+        None, "cut samples to so many tokens (default: 512, or what the model takes)"
+    )
+    tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
 
     def __post_init__(self) -> None:
+        self._check_calibration()
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
         writer = plugins.create("adapter_formats", self.format)
@@ -98,13 +117,14 @@ class Extract:
         """
         policy = rank_policy(self.rank, self.energy)
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
         from loratool.representation import Advisor
 
         reader, advisor = DeltaReader(factorizer, policy, self.seed), Advisor(self.seed)
-        extraction = _Extraction(reader, policy, dtype, self.sparse, advisor)
+        calibration = self._calibration(base, finetuned, pair, dtype)
+        extraction = _Extraction(reader, policy, dtype, calibration, self.sparse, advisor)
         low_rank, whole = _updates(pair, extraction)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
@@ -130,13 +150,47 @@ class Extract:
                 *_table_notes(pair),
                 *_rank_notes(pair, policy),
                 *(_sparse_notes(low_rank) if self.sparse is not None else ()),
+                *_notes_of(calibration),
             ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base), advisor, self.sparse is not None),
-            facts=lambda: {**_facts(self, policy, pair, reader), **advisor.facts()},
+            provenance=_provenance(pair, self._base_name(base), extraction),
+            facts=lambda: _facts(self, pair, extraction),
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    @property
+    def _factorizer(self) -> str:
+        return "activation" if self.calibrate and self.factorizer == "krylov" else self.factorizer
+
+    def _check_calibration(self) -> None:
+        name = self._factorizer.partition(":")[0]
+        if name == "activation" and not self.calibrate:
+            raise UsageError(
+                "--factorizer activation fits to inputs: name them by --calibrate FILE"
+            )
+        if self.calibrate and name != "activation":
+            raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
+            raise UsageError("--calibration-samples and --calibration-length: at least 1")
+
+    def _calibration(
+        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
+    ) -> Calibration | None:
+        if not self.calibrate:
+            return None
+        from loratool.calibrated import Calibration, Plan
+        from loratool.calibration import Limits
+
+        plan = Plan(
+            Path(self.calibrate),
+            "base" if self.calibrate_on == "base" else "finetuned",
+            self.moments == "diagonal",
+            Limits(self.calibration_samples, self.calibration_length),
+            Path(self.tokenizer) if self.tokenizer else None,
+        )
+        changes = [(c, _dtype_of(c, dtype)) for c in pair.changes() if c.factored]
+        return Calibration(plan, base, finetuned, changes, self.architecture)
 
     def _selection(self) -> Selection:
         return Selection(
@@ -162,15 +216,22 @@ class _Extraction:
         reader: reads and factorizes.
         policy: how many singular values are kept.
         dtype: safetensors name of the factors' type, or None for the usual one.
+        calibration: what factors are fitted to, or None.
         sparse: how many entries are kept besides, or which share; None for none.
-        advisor: sees what was found.
+        advisor: sees the factors of truncated SVDs.
     """
 
     reader: DeltaReader
     policy: RankPolicy
     dtype: str | None
+    calibration: Calibration | None
     sparse: float | None
     advisor: Advisor
+
+    def lines(self) -> tuple[str, ...]:
+        """For the report; no advice to those who follow it already."""
+        calibrated = () if self.calibration is None else self.calibration.lines()
+        return (*calibrated, *(self.advisor.lines() if self.sparse is None else ()))
 
 
 def _check_sparse(wanted: float) -> None:
@@ -180,7 +241,11 @@ def _check_sparse(wanted: float) -> None:
         )
 
 
-def _provenance(pair: Pair, base_name: str, advisor: Advisor, sparse: bool) -> Provenance:
+def _notes_of(calibration: Calibration | None) -> tuple[str, ...]:
+    return () if calibration is None else calibration.notes
+
+
+def _provenance(pair: Pair, base_name: str, extraction: _Extraction) -> Provenance:
     architecture = architecture_of(pair.config) or "AutoModel"
     base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
     return Provenance(
@@ -188,7 +253,7 @@ def _provenance(pair: Pair, base_name: str, advisor: Advisor, sparse: bool) -> P
         "Extracted",
         f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
         "adapter extracted by loratool.",
-        tuple if sparse else advisor.lines,  # what they advise is what was asked for
+        lines=extraction.lines,
     )
 
 
@@ -217,7 +282,8 @@ def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
     shape = swapped(after.shape) if change.transposed else after.shape
     experts = change.kind == "experts"
     policy, reader = extraction.policy, extraction.reader
-    dtype = extraction.dtype or ("BF16" if before.dtype == "BF16" else "F32")
+    calibration, advisor = extraction.calibration, extraction.advisor
+    dtype = _dtype_of(change, extraction.dtype)
     sparse = None if experts else extraction.sparse
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
 
@@ -225,12 +291,15 @@ def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
         if experts:
             return reader.factorize_experts(before, after, change.transposed, dtype)
         found: LowRank | Sparse | None
-        found = reader.factorize(before, after, change.transposed, dtype)
+        if calibration is not None:
+            found = calibration.load(reader, change.name)
+        else:
+            found = reader.factorize(before, after, change.transposed, dtype)
+            advisor.see(change.name, found, before, after)
         if sparse is not None:
             from loratool.sparse import with_entries
 
             found = with_entries(found, before, after, change.transposed, sparse, dtype)
-        extraction.advisor.see(change.name, found, before, after)
         return found
 
     return LazyUpdate(
@@ -244,6 +313,12 @@ def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
         embedding=change.kind == "embedding",
         entries=0 if sparse is None else entries_of(sparse, after.numel),
     )
+
+
+def _dtype_of(change: Change, dtype: str | None) -> str:
+    """The type of a target's factors."""
+    bf16 = change.before is not None and change.before.dtype == "BF16"
+    return dtype or ("BF16" if bf16 else "F32")
 
 
 def _replacement(change: Change, reader: DeltaReader) -> LazyUpdate:
@@ -310,12 +385,20 @@ def _model_files(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -> dict[str, Any]:
+def _facts(
+    step: Extract,
+    pair: Pair,
+    extraction: _Extraction,
+) -> dict[str, Any]:
+    policy, reader = extraction.policy, extraction.reader
+    calibration = extraction.calibration
     return {
+        **({"calibration": calibration.facts()} if calibration is not None else {}),
+        **extraction.advisor.facts(),
         "options": {
             "rank": policy.rank,
             "energy": policy.energy,
-            "factorizer": step.factorizer,
+            "factorizer": step._factorizer,
             "seed": step.seed,
             "sparse": step.sparse,
             "lora_only": step.lora_only,
