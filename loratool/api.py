@@ -112,6 +112,12 @@ def extract(
     architecture: str = "",
     base_name: str = "",
     format: str = "peft",
+    calibrate: str = "",
+    calibrate_on: str = "finetuned",
+    moments: str = "full",
+    calibration_samples: int = 128,
+    calibration_length: int | None = None,
+    tokenizer: str = "",
 ) -> LazyAdapter:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
@@ -122,7 +128,7 @@ def extract(
         energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
-        factorizer: "krylov" or "exact", or another plugin's name, with options.
+        factorizer: "krylov", "exact" or "activation", or another plugin's name, with options.
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
         lora_only: leave out what is not a low-rank update.
@@ -131,6 +137,13 @@ def extract(
         architecture: model class or type, where config.json does not say.
         base_name: the base's Hub id.
         format: the adapter format to write.
+        calibrate: a file of texts, token ids or images, or a folder of images: the error of the
+            layers' outputs for these is made small, not that of the weights.
+        calibrate_on: "finetuned" or "base": which model they are run through.
+        moments: "full" second moments of each layer's inputs, or their "diagonal".
+        calibration_samples: how many of them are used at most.
+        calibration_length: how many tokens of each; None for 512, or what the model takes.
+        tokenizer: a directory with the tokenizer, if it is not the model's own.
 
     Raises:
         InputError: a checkpoint cannot be read.
@@ -139,7 +152,8 @@ def extract(
     """
     step = Extract(
         rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format,
+        embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on, moments,
+        calibration_samples, calibration_length, tokenizer,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 
