@@ -64,7 +64,7 @@ def test_an_svg_says_what_it_shows(tmp_path: Path) -> None:
         assert words in shown, words
 
 
-@pytest.mark.parametrize("suffix", ["svg", "png", "PNG"])
+@pytest.mark.parametrize("suffix", ["svg", "PNG"])
 def test_the_same_data_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     one, other = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
     for path in (one, other):
