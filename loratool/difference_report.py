@@ -275,6 +275,11 @@ def _advice_lines(
             f"{format_bytes(advice.sparse_size)}, factors of 90% of the energy at least "
             f"{format_bytes(factors_size(spectra, int(needed.low)))}"
         )
+    elif advice.look == "full":
+        low = format_bytes(factors_size(spectra, int(needed.low)))
+        dense = format_bytes(sum(d.change.after.nbytes for d in spectra))
+        least = "" if needed.is_exact else "at least "
+        yield f"90% takes {least}{low} as factors; the matrices themselves take {dense}"
     whole = f", of it {format_bytes(advice.whole_size)} kept whole" if advice.whole_size else ""
     yield (
         f"recommendation: --rank {advice.rank} ({format_bytes(advice.size)}{whole}; "

@@ -228,9 +228,17 @@ def test_the_edge_is_where_the_noise_ends() -> None:
 
 
 def test_noise_alone_is_no_lora() -> None:
-    assert merged_rank(Spectrum((1.0, 0.9), 1.81, 100), 1.81, 2.0) is None
-    assert merged_rank(Spectrum((5.0, 0.9), 25.81, 100), 0.8, 1.0) == 1
-    assert merged_rank(Spectrum((5.0, 0.9), 27.0, 100), 0.8, 1.0) is None
+    shape = (100, 100)
+    assert merged_rank(Spectrum((1.0, 0.9), 1.81, 100), 1.81, 2.0, shape) is None
+    assert merged_rank(Spectrum((5.0, 0.9), 25.81, 100), 0.8, 1.0, shape) == 1
+    assert merged_rank(Spectrum((5.0, 0.9), 27.0, 100), 0.8, 1.0, shape) is None
+
+
+def test_a_flat_spectrum_is_not_given_a_tiny_rank(tmp_path: Path) -> None:
+    base = model()
+    tuned = {n: (v.float() + 0.002 * random(3, *v.shape)).bfloat16() for n, v in base.items()}
+    paths = save(tmp_path / "b", base), save(tmp_path / "t", tuned)
+    assert loratool.diff(*paths, exclude=["*norm*"]).data["recommendation"]["rank"] >= 32
 
 
 # ---- what is not in both
