@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Points of all lines of a panel together, and of each at least: SVG files stay small.
-_POINTS, _LEAST_POINTS = 720, 10
+_POINTS, _LEAST_POINTS = 640, 9
 _DECADES = 1e4  # from the largest to the smallest singular value in the picture
 _SHOWN_LAYERS = 24  # numbers under a heat map; of more layers every other, fifth, tenth, ...
 
