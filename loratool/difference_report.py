@@ -18,7 +18,6 @@ from loratool.recommendation import Advice, Look, advise, factors_size
 from loratool.reports import Report, Table, bar, counted, format_bytes, format_share, listed
 from loratool.spectra import Range
 
-_LISTED = 20
 _SHARES = (0.5, 0.9, 0.99)
 _KINDS = {
     "linear": "linear weights",
