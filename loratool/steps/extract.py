@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -14,9 +15,13 @@ from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError
+from loratool.extraction_ranks import ladder, within_budget
+from loratool.ladder import Ladder
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.pairing import Change, Pair, Selection, pair_models
 from loratool.plugins import Operand, option
+from loratool.rank_options import RankOptions
+from loratool.reports import counted, listed
 from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
@@ -25,8 +30,6 @@ from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.delta import DeltaReader
-
-_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,35 @@ class Extract:
     )
     output: ClassVar[str] = "{finetuned}-lora"
 
-    rank: int | None = option(None, "rank of every update (default: 16, without --energy)")
+    rank: int | None = option(
+        None, "rank of every update, and the most where another option chooses (default: 16)"
+    )
     energy: float | None = option(
         None, "keep the smallest rank that captures this share of ||delta||^2; --rank caps it"
     )
+    ratio: float | None = option(
+        None, "keep the singular values of at least the largest divided by this"
+    )
+    noise_floor: bool = option(
+        False, "keep the singular values above the rounding noise of the fine-tune's type"
+    )
+    budget: str | None = option(
+        None, "bytes of all weights of the adapter, factors getting what is not kept whole, spent "
+        "where they capture most", metavar="64MiB",
+    )  # fmt: skip
+    weigh: str | None = option(
+        None, "what --budget captures most of: the energy of all updates together, or the shares "
+        "of each update's own, which all count the same (default: energy)",
+        choices=("energy", "relative"),
+    )  # fmt: skip
+    max_rank: int | None = option(
+        None, "the largest rank that --energy, --ratio, --noise-floor or --budget may choose "
+        "(default with --budget: 256)",
+    )  # fmt: skip
+    ranks: str | None = option(
+        None, "write an adapter of each of these ranks in one pass: OUTPUT/rank-4, ...",
+        metavar="4,8,16",
+    )  # fmt: skip
     target: tuple[str, ...] = option(
         (), "only tensors whose name matches this glob", metavar="GLOB"
     )
@@ -68,26 +96,57 @@ class Extract:
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
 
     def __post_init__(self) -> None:
-        rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
+        self._ranks()  # a wrong value is told before anything is opened
         parse_moves(self.map)
         plugins.create("adapter_formats", self.format)
 
-    def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
+    def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter | Ladder:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
+
+        Returns:
+            The adapter; with `ranks`, one for each.
 
         Raises:
             MismatchError: the two do not belong together.
+            InputError: nothing is left to extract, or the budget is too small.
             UsageError: an option's value makes no sense.
         """
-        policy = rank_policy(self.rank, self.energy)
+        options = self._ranks()
+        policy = options.policy
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
 
-        reader = DeltaReader(factorizer, policy, self.seed)
+        reader = DeltaReader(factorizer, policy, self.seed, options.noise_floor)
         low_rank, whole = _updates(pair, reader, policy, dtype)
-        tensors = pair.finetuned
+        build = partial(self._adapter, base, pair, reader)
+        if options.ladder:
+            return ladder(pair, reader, low_rank, whole, options, build)
+        if options.budget is not None:
+            return within_budget(pair, reader, low_rank, whole, options, build)
+        return build(low_rank, whole, options.facts())
+
+    def _adapter(
+        self,
+        base: Checkpoint,
+        pair: Pair,
+        reader: DeltaReader,
+        low_rank: Mapping[str, LazyUpdate],
+        whole: Mapping[str, LazyUpdate],
+        asked: Mapping[str, Any],
+    ) -> Adapter:
+        """The adapter of these updates.
+
+        Args:
+            base: the base, as it was opened.
+            pair: both models.
+            reader: of the updates' values.
+            low_rank: the low-rank updates.
+            whole: what low-rank updates cannot express.
+            asked: what was asked for of ranks, for the manifest.
+        """
+        low_rank, tensors = dict(low_rank), pair.finetuned
         tied = _tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
         updates |= tied
@@ -106,13 +165,24 @@ class Extract:
             moves=pair.alignment.moves,
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=(*pair.notes, *_table_notes(pair), *_rank_notes(pair, policy)),
+            notes=(
+                *pair.notes,
+                *_table_notes(pair),
+                *_rank_notes(pair, asked["rank"]),
+                *self._noise_notes(low_rank, pair),
+            ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base)),
-            facts=lambda: _facts(self, policy, pair, reader),
+            provenance=self._provenance(pair, base, reader),
+            facts=lambda: _facts(self, asked, pair, reader),
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    def _ranks(self) -> RankOptions:
+        return RankOptions(
+            self.rank, self.energy, self.ratio, self.noise_floor, self.budget, self.weigh,
+            self.max_rank, self.ranks,
+        )  # fmt: skip
 
     def _selection(self) -> Selection:
         return Selection(
@@ -124,26 +194,39 @@ class Extract:
             heads=not self.lora_only,
         )
 
+    def _noise_notes(self, low_rank: Mapping[str, LazyUpdate], pair: Pair) -> list[str]:
+        types = {pair.finetuned[name].dtype for name in low_rank}
+        if not self.noise_floor or not types or not types <= {"F32", "F64"}:
+            return []
+        return [
+            "--noise-floor: the fine-tune is stored in fp32, whose rounding is about a "
+            "ten-millionth of its weights: practically nothing lies under it"
+        ]
+
+    def _provenance(self, pair: Pair, base: Checkpoint, reader: DeltaReader) -> Provenance:
+        architecture, name = architecture_of(pair.config) or "AutoModel", self._base_name(base)
+        link = f" [{name}](https://huggingface.co/{name})" if is_hub_name(name) else ""
+        plain = Provenance(
+            "Extracting",
+            "Extracted",
+            f"The difference between a fine-tuned `{architecture}` and its base{link}, as a "
+            "low-rank adapter extracted by loratool.",
+        )
+        if not self.noise_floor:
+            return plain
+        return replace(
+            plain,
+            lines=lambda: _noise_lines(reader.under_noise),
+            skipped="without an update",
+            nothing="base and fine-tune differ by no more than the rounding of their weights, if "
+            "at all: without --noise-floor that is extracted, too",
+            lost=lambda: sum(reader.under_noise.values()),
+        )
+
     def _base_name(self, base: Checkpoint) -> str:
         named = str((base.config or {}).get("_name_or_path") or "")
         found = self.base_name or base.hub_name
         return found or (named if is_hub_name(named) else str(base.path or ""))
-
-
-def _provenance(pair: Pair, base_name: str) -> Provenance:
-    architecture = architecture_of(pair.config) or "AutoModel"
-    base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
-    return Provenance(
-        "Extracting",
-        "Extracted",
-        f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
-        "adapter extracted by loratool.",
-    )
-
-
-def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
-    """What --rank and --energy mean together: rank 16 if neither is given."""
-    return RankPolicy(_DEFAULT_RANK if rank is None and energy is None else rank, energy)
 
 
 def _updates(
@@ -176,7 +259,7 @@ def _low_rank(
         shape,
         dtype,
         lambda: factorize(before, after, change.transposed, dtype),
-        rank=policy.limit(matrix) if policy.rank else None,
+        rank=policy.limit(matrix) if policy.is_fixed else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
     )
@@ -199,8 +282,8 @@ def _tied_heads(pair: Pair, low_rank: dict[str, LazyUpdate]) -> dict[str, LazyUp
     PEFT loads them, for it takes the two for one only as long as nothing adapts them.
     """
     heads = {}
-    for head, source in pair.skeleton.tied.items():
-        if source in low_rank and pair.kinds.get(source) == "embedding":
+    for head, source in pair.tied_tables().items():
+        if source in low_rank:
             once = cache(low_rank[source].load)  # the factors are small beside the table
             found = low_rank[source] = replace(low_rank[source], load=once)
             heads[head] = replace(found, name=head, embedding=False, transposed=False)
@@ -214,9 +297,18 @@ def _table_notes(pair: Pair) -> list[str]:
     return [f"{name}: kept whole: {why}" for name in tables if (why := pair.why_whole(name))]
 
 
-def _rank_notes(pair: Pair, policy: RankPolicy) -> list[str]:
+def _noise_lines(under: Mapping[str, float]) -> tuple[str, ...]:
+    """What the report says of matrices that hold nothing but noise, after draining."""
+    if not under:
+        return ()
+    return (
+        f"{counted(len(under), 'update')} left out, which cannot be told from rounding: "
+        f"{listed(sorted(under), 3)}",
+    )
+
+
+def _rank_notes(pair: Pair, rank: int | None) -> list[str]:
     linear = [n for n in pair.selected if pair.skeleton.kinds.get(n) in ("linear", "conv1d")]
-    rank = policy.rank
     small = [n for n in linear if rank and min(pair.finetuned[n].shape) < rank]
     if not small:
         return []
@@ -239,16 +331,19 @@ def _model_files(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -> dict[str, Any]:
+def _facts(
+    step: Extract, asked: Mapping[str, Any], pair: Pair, reader: DeltaReader
+) -> dict[str, Any]:
+    norms = {name: total**0.5 for name, total in sorted(reader.under_noise.items())}
     return {
         "options": {
-            "rank": policy.rank,
-            "energy": policy.energy,
+            **asked,
             "factorizer": step.factorizer,
             "seed": step.seed,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,
         },
+        **({"under_noise": norms} if step.noise_floor else {}),
         "duplicates": reader.duplicates(),
         "base": {"bytes": pair.base.nbytes, **reader.base_digests()},
         "finetuned": {"bytes": pair.finetuned.nbytes, **reader.tuned_digests()},
