@@ -155,10 +155,10 @@ def _check_budget(
     kept = whole_bytes(targets, certain)
     if size < least + kept:
         raise InputError(
-            f"{label}: a budget of {format_bytes(size)} is too small: {listed(certain, 3)}, which "
-            f"cannot be factorized, takes {format_bytes(kept)}, and rank 1 of all "
-            f"{counted(len(targets), 'target')} {format_bytes(least)}; --lora-only leaves the "
-            "former out"
+            f"{label}: a budget of {format_bytes(size)} is too small: {format_bytes(kept)} are "
+            f"for what the base lacks, or has in another shape ({listed(certain, 3)}), and rank 1 "
+            f"of all {counted(len(targets), 'target')} takes {format_bytes(least)}; --lora-only "
+            "leaves the former out"
         )
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class FactorStore:
             folder: on whose disk it lies; None for the system's place for temporary files.
         """
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._end = 0
         self._lock = threading.Lock()
 

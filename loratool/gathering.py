@@ -33,7 +33,8 @@ class Target:
         name: of the parameter.
         decompose: factorizes it, matrix by matrix, at the largest rank in question.
         assemble: makes an update of factors of some rank.
-        cost: bytes that one rank of it takes in the adapter.
+        cost: bytes that one rank of it takes in the adapter, of all copies.
+        copies: how many weights of the model share it.
         cap: the largest rank in question.
         elements: of its factors for each rank.
         nbytes: of the weight, for progress.
@@ -43,6 +44,7 @@ class Target:
     decompose: Callable[[], Iterator[Factorization]]
     assemble: Callable[[Iterator[Factorization]], Update | None]
     cost: int
+    copies: int
     cap: int
     elements: int
     nbytes: int
@@ -63,7 +65,7 @@ def target_of(
         update: what is to be made of it.
         reader: reads and factorizes.
         policy: how many singular values are in question.
-        copies: how often the adapter stores the factors.
+        copies: how many weights of the model share it: the adapter stores its factors for each.
         budget: bytes that all factors may take.
     """
     before, after = change.before, change.after
@@ -84,6 +86,7 @@ def target_of(
             parts, change.transposed, update.dtype, before.dtype == after.dtype
         ),
         cost,
+        copies,
         cap,
         elements,
         update.nbytes,
@@ -247,11 +250,14 @@ class Budget:
         if self.kept + least > self.size:
             raise InputError(
                 f"{self.label}: a budget of {format_bytes(self.size)} is too small: "
-                f"{counted(len(replaced), 'changed tensor')} that low-rank factors cannot express "
-                f"takes {format_bytes(self.kept)}, and rank 1 of every update "
+                f"{format_bytes(self.kept)} are for {counted(len(replaced), 'changed tensor')} "
+                "that low-rank factors cannot express, and rank 1 of every update takes "
                 f"{format_bytes(least)}; --lora-only leaves the former out"
             )
-        weights = {n: 1 / total for n, total in totals.items()} if self.relative else None
+        weights = {
+            name: target.copies / (totals[name] if self.relative else 1.0)
+            for name, target in targets.items()
+        }
         ranks = allocate(spectra, costs, self.size - self.kept, weights)
         self.left_out.update({n: totals[n] for n, rank in ranks.items() if rank == 0})
         self.spent = sum(costs[name] * rank for name, rank in ranks.items())

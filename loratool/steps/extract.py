@@ -195,7 +195,7 @@ class Extract:
         )
 
     def _noise_notes(self, low_rank: Mapping[str, LazyUpdate], pair: Pair) -> list[str]:
-        types = {pair.finetuned[name].dtype for name in low_rank}
+        types = {pair.finetuned[name].dtype for name in low_rank if name in pair.finetuned}
         if not self.noise_floor or not types or not types <= {"F32", "F64"}:
             return []
         return [
