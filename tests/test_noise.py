@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from loratool.linalg import RankPolicy
 from loratool.noise import noise_edge, rounding_noise
+from loratool_plugins.factorizers.exact import Exact
+from loratool_plugins.factorizers.krylov import Krylov
 
 TYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
@@ -73,6 +76,22 @@ def test_as_many_values_pass_the_floor_as_the_update_has(dtype: torch.dtype) -> 
     noise = rounding_noise(delta, tuned)
     sigma = torch.linalg.svdvals(delta) / float(delta.norm())
     assert int((sigma >= noise.floor).sum()) == 6
+
+
+@pytest.mark.parametrize("factorizer", [Krylov(), Krylov(compute="fp32"), Exact()], ids=str)
+@pytest.mark.parametrize("rank", [0, 6, 40])
+def test_factorizers_find_what_passes_the_floor(factorizer: Krylov | Exact, rank: int) -> None:
+    base = weights(640, 800, 0.0).bfloat16()
+    update = 0.02 * 0.02 / math.sqrt(max(1, rank)) * randn(3, 640, rank) @ randn(4, rank, 800)
+    # Without an update, a base that was stored in more bits.
+    before = base.float() if rank else weights(640, 800, 0.0)
+    tuned = (before + update).bfloat16()
+    delta = tuned.float() - before
+    noise = rounding_noise(delta, tuned)
+    policy = RankPolicy(None, floor=noise.floor)
+    found = factorizer.factorize(delta.clone(), policy, torch.Generator().manual_seed(0))
+    assert found.certificate.rank == max(1, rank)
+    assert (float(found.sigma[0]) >= noise.edge) == (rank > 0)
 
 
 def test_of_an_update_that_rounding_mostly_swallowed_nothing_is_dropped() -> None:
