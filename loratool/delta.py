@@ -22,6 +22,7 @@ from loratool.linalg import (
     Factorization,
     Factorizer,
     RankPolicy,
+    SecondMoment,
     Workspace,
     is_finite,
     named_generator,
@@ -79,7 +80,12 @@ class DeltaReader:
         return [names for names in groups.values() if len(names) > 1]
 
     def factorize(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        dtype: str,
+        moment: SecondMoment | None = None,
     ) -> LowRank | None:
         """Factorize tuned - base, or None if they are equal, be it in different types.
 
@@ -89,11 +95,12 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
+            moment: of the matrix's inputs, for factorizers that use it.
 
         Raises:
             InputError: NaN or Inf in either, named.
         """
-        parts = self.decompose(base, tuned, transposed, experts=False)
+        parts = self.decompose(base, tuned, transposed, experts=False, moment=moment)
         return low_rank_update(parts, transposed, dtype, base.dtype == tuned.dtype)
 
     def factorize_experts(
@@ -122,6 +129,7 @@ class DeltaReader:
         transposed: bool,
         experts: bool,
         policy: RankPolicy | None = None,
+        moment: SecondMoment | None = None,
     ) -> Iterator[Factorization]:
         """Factorize each matrix of tuned - base, one after the other; none if the two are equal.
 
@@ -133,6 +141,7 @@ class DeltaReader:
             transposed: whether both are stored transposed; the factors are those of what is stored.
             experts: whether the first axis counts matrices.
             policy: how many singular values to keep; None for the reader's own.
+            moment: of the matrix's inputs, for factorizers that use it.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -141,7 +150,7 @@ class DeltaReader:
             return
         generator = named_generator(self._seed, tuned.name)
         pairs = (
-            zip(_matrices(base), _matrices(tuned), strict=True)
+            zip(matrices_of(base), matrices_of(tuned), strict=True)
             if experts
             else iter([(base.read(), tuned.read())])
         )
@@ -149,14 +158,20 @@ class DeltaReader:
         for before, after in pairs:
             try:
                 found = self._factors(
-                    tuned.name, before, after, transposed, generator, policy or self._policy
+                    tuned.name,
+                    before,
+                    after,
+                    transposed,
+                    generator,
+                    policy or self._policy,
+                    moment,
                 )
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
             totals += found.certificate.total
             is_noise &= found.certificate.captured == 0
             yield found
-        if is_noise and totals > 0:
+        if self._noise_floor and is_noise and totals > 0:
             self.under_noise[tuned.name] = totals
 
     def _factors(
@@ -167,8 +182,9 @@ class DeltaReader:
         transposed: bool,
         generator: torch.Generator,
         policy: RankPolicy,
+        moment: SecondMoment | None = None,
     ) -> Factorization:
-        context = Context(name, before.flatten(1), after.flatten(1), transposed)
+        context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
         delta = self._delta(context.before, context.after)
         edge = 0.0
         if self._noise_floor:
@@ -275,7 +291,7 @@ def silenced(found: Factorization) -> Factorization:
     return Factorization(a, b, sigma, certificate)
 
 
-def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     """The matrices of a tensor (E, rows, columns), one after the other."""
     for block in tensor.blocks():
         if block.shape[1:] != tensor.shape[1:]:  # no whole matrices
@@ -296,7 +312,7 @@ def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None
 def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
     norm = change = 0.0
-    for one, other in _block_pairs(before, after):
+    for one, other in block_pairs(before, after):
         for part in tiles(one):
             old, new = one[part].double(), other[part].double()
             norm += float(old.square().sum())
@@ -304,7 +320,7 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     return math.sqrt(norm), math.sqrt(change)
 
 
-def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
     blocks = other.blocks()
     waiting = torch.empty(0)

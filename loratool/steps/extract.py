@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -14,7 +15,7 @@ from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
 from loratool.extraction_ranks import ladder, within_budget
 from loratool.ladder import Ladder
 from loratool.linalg import Factorizer, RankPolicy
@@ -29,7 +30,9 @@ from loratool.skeleton import (
 from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
+    from loratool.calibrated import Calibration
     from loratool.delta import DeltaReader
+    from loratool.updates import Experts, LowRank
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,25 @@ class Extract:
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
+    calibrate: str = option(
+        "", "fit the factors to the inputs in this file: texts, token ids or images "
+        "(--factorizer activation)", metavar="FILE",
+    )  # fmt: skip
+    calibrate_on: str = option(
+        "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
+    )
+    moments: str = option(
+        "full", "the whole second moment of each layer's inputs, or its diagonal",
+        choices=("full", "diagonal"),
+    )  # fmt: skip
+    calibration_samples: int = option(128, "use at most so many samples, the first ones")
+    calibration_length: int | None = option(
+        None, "cut samples to so many tokens (default: 512, or what the model takes)"
+    )
+    tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
 
     def __post_init__(self) -> None:
+        self._check_calibration()
         self._ranks()  # a wrong value is told before anything is opened
         parse_moves(self.map)
         plugins.create("adapter_formats", self.format)
@@ -114,13 +134,14 @@ class Extract:
         options = self._ranks()
         policy = options.policy
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
 
         reader = DeltaReader(factorizer, policy, self.seed, options.noise_floor)
-        low_rank, whole = _updates(pair, reader, policy, dtype)
-        build = partial(self._adapter, base, pair, reader)
+        calibration = self._calibration(base, finetuned, pair, dtype)
+        low_rank, whole = _updates(pair, reader, policy, dtype, calibration)
+        build = partial(self._adapter, base, pair, reader, calibration)
         if options.ladder:
             return ladder(pair, reader, low_rank, whole, options, build)
         if options.budget is not None:
@@ -132,6 +153,7 @@ class Extract:
         base: Checkpoint,
         pair: Pair,
         reader: DeltaReader,
+        calibration: Calibration | None,
         low_rank: Mapping[str, LazyUpdate],
         whole: Mapping[str, LazyUpdate],
         asked: Mapping[str, Any],
@@ -142,6 +164,7 @@ class Extract:
             base: the base, as it was opened.
             pair: both models.
             reader: of the updates' values.
+            calibration: what the factors are fitted to, if anything.
             low_rank: the low-rank updates.
             whole: what low-rank updates cannot express.
             asked: what was asked for of ranks, for the manifest.
@@ -170,10 +193,11 @@ class Extract:
                 *_table_notes(pair),
                 *_rank_notes(pair, asked["rank"]),
                 *self._noise_notes(low_rank, pair),
+                *_notes_of(calibration),
             ),
             format=self.format,
-            provenance=self._provenance(pair, base, reader),
-            facts=lambda: _facts(self, asked, pair, reader),
+            provenance=self._provenance(pair, base, reader, calibration),
+            facts=lambda: _facts(self, asked, pair, reader, calibration),
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
@@ -183,6 +207,46 @@ class Extract:
             self.rank, self.energy, self.ratio, self.noise_floor, self.budget, self.weigh,
             self.max_rank, self.ranks,
         )  # fmt: skip
+
+    @property
+    def _factorizer(self) -> str:
+        return "activation" if self.calibrate and self.factorizer == "krylov" else self.factorizer
+
+    def _check_calibration(self) -> None:
+        name = self._factorizer.partition(":")[0]
+        if name == "activation" and not self.calibrate:
+            raise UsageError(
+                "--factorizer activation fits to inputs: name them by --calibrate FILE"
+            )
+        if self.calibrate and name != "activation":
+            raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        by_weights = ("noise_floor", "budget", "ranks")
+        if self.calibrate and (given := [n for n in by_weights if getattr(self, n)]):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(
+                f"--calibrate measures by the layers' outputs, {flags} by the weights: leave one "
+                "out"
+            )
+        if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
+            raise UsageError("--calibration-samples and --calibration-length: at least 1")
+
+    def _calibration(
+        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
+    ) -> Calibration | None:
+        if not self.calibrate:
+            return None
+        from loratool.calibrated import Calibration, Plan
+        from loratool.calibration import Limits
+
+        plan = Plan(
+            Path(self.calibrate),
+            "base" if self.calibrate_on == "base" else "finetuned",
+            self.moments == "diagonal",
+            Limits(self.calibration_samples, self.calibration_length),
+            Path(self.tokenizer) if self.tokenizer else None,
+        )
+        changes = [(c, _dtype_of(c, dtype)) for c in pair.changes() if c.factored]
+        return Calibration(plan, base, finetuned, changes, self.architecture)
 
     def _selection(self) -> Selection:
         return Selection(
@@ -203,7 +267,13 @@ class Extract:
             "ten-millionth of its weights: practically nothing lies under it"
         ]
 
-    def _provenance(self, pair: Pair, base: Checkpoint, reader: DeltaReader) -> Provenance:
+    def _provenance(
+        self,
+        pair: Pair,
+        base: Checkpoint,
+        reader: DeltaReader,
+        calibration: Calibration | None,
+    ) -> Provenance:
         architecture, name = architecture_of(pair.config) or "AutoModel", self._base_name(base)
         link = f" [{name}](https://huggingface.co/{name})" if is_hub_name(name) else ""
         plain = Provenance(
@@ -211,6 +281,7 @@ class Extract:
             "Extracted",
             f"The difference between a fine-tuned `{architecture}` and its base{link}, as a "
             "low-rank adapter extracted by loratool.",
+            lines=tuple if calibration is None else calibration.lines,
         )
         if not self.noise_floor:
             return plain
@@ -229,40 +300,64 @@ class Extract:
         return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
+def _notes_of(calibration: Calibration | None) -> tuple[str, ...]:
+    return () if calibration is None else calibration.notes
+
+
 def _updates(
-    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    pair: Pair,
+    reader: DeltaReader,
+    policy: RankPolicy,
+    dtype: str | None,
+    calibration: Calibration | None,
 ) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
     for change in pair.changes():
         if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype)
+            low_rank[change.name] = _low_rank(change, reader, policy, dtype, calibration)
         else:
             whole[change.name] = _replacement(change, reader)
     return low_rank, whole
 
 
 def _low_rank(
-    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    change: Change,
+    reader: DeltaReader,
+    policy: RankPolicy,
+    dtype: str | None,
+    calibration: Calibration | None,
 ) -> LazyUpdate:
     before, after = change.before, change.after
     assert before is not None  # of what is factored
     shape = swapped(after.shape) if change.transposed else after.shape
     experts = change.kind == "experts"
-    dtype = dtype or ("BF16" if before.dtype == "BF16" else "F32")
+    dtype = _dtype_of(change, dtype)
     factorize = reader.factorize_experts if experts else reader.factorize
+
+    def load() -> LowRank | Experts | None:
+        if calibration is not None and not experts:
+            return calibration.load(reader, change.name)
+        return factorize(before, after, change.transposed, dtype)
+
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
     return LazyUpdate(
         change.name,
         "experts" if experts else "low_rank",
         shape,
         dtype,
-        lambda: factorize(before, after, change.transposed, dtype),
+        load,
         rank=policy.limit(matrix) if policy.is_fixed else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
     )
+
+
+def _dtype_of(change: Change, dtype: str | None) -> str:
+    """The type of a target's factors."""
+    bf16 = change.before is not None and change.before.dtype == "BF16"
+    return dtype or ("BF16" if bf16 else "F32")
 
 
 def _replacement(change: Change, reader: DeltaReader) -> LazyUpdate:
@@ -332,13 +427,18 @@ def _model_files(pair: Pair) -> dict[str, Any]:
 
 
 def _facts(
-    step: Extract, asked: Mapping[str, Any], pair: Pair, reader: DeltaReader
+    step: Extract,
+    asked: Mapping[str, Any],
+    pair: Pair,
+    reader: DeltaReader,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     norms = {name: total**0.5 for name, total in sorted(reader.under_noise.items())}
     return {
+        **({"calibration": calibration.facts()} if calibration is not None else {}),
         "options": {
             **asked,
-            "factorizer": step.factorizer,
+            "factorizer": step._factorizer,
             "seed": step.seed,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,
