@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratool
-from loratool.errors import InputError, LoratoolError, OutputError
+from loratool.errors import InputError, LoratoolError, OutputError, UsageError
 from tests.cli.tiny import CONFIG, NORM, UP, Tensors, finetuned, llama, save_model
 from tests.cli.tiny import loratool as command
 
@@ -473,3 +473,12 @@ def test_the_budget_is_told_with_what_was_spent(tiny: Folders, tmp_path: Path) -
     done = command("extract", tiny.base, tiny.tuned, "--budget", "4KiB", "-o", tmp_path / "out")
     assert done.status == 0, done.err
     assert "kept whole: 64 B, of the 4.0 KiB allowed" in done.out
+
+
+@pytest.mark.parametrize("options", [{"budget": "1MiB"}, {"ranks": (2, 4)}, {"noise_floor": True}])
+def test_what_is_measured_by_outputs_is_not_cut_by_weights(
+    slow: Folders, options: dict[str, Any]
+) -> None:
+    flag = next(iter(options)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"--calibrate .*--{flag}"):
+        extract(slow, calibrate="texts.txt", **options)
