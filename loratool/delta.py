@@ -8,26 +8,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from loratool.ahead import DigestsAhead
 from loratool.checkpoint import LazyTensor
 from loratool.digests import combine_digests
 from loratool.errors import InputError
-from loratool.experts import gathered
 from loratool.linalg import (
     Context,
     Factorization,
     Factorizer,
+    FormedDelta,
+    FormedFactorizer,
     RankPolicy,
     Workspace,
     is_finite,
     named_generator,
+    squared_norm,
     tiles,
 )
-from loratool.lowrank import rounded_factors
 from loratool.updates import Experts, LowRank, Replacement
+
+if TYPE_CHECKING:
+    import torch
+
+# Elements a tile of a delta while it is formed: two tensors in bf16, and their difference in fp32
+# and in bf16, lie in the cache.
+_TILE_ELEMENTS = 1 << 18
 
 
 class DeltaReader:
@@ -37,7 +44,15 @@ class DeltaReader:
     to tensor because fresh large allocations cost more than the arithmetic.
     """
 
-    def __init__(self, factorizer: Factorizer, policy: RankPolicy, seed: int) -> None:
+    def __init__(
+        self,
+        factorizer: Factorizer,
+        policy: RankPolicy,
+        seed: int,
+        digests: DigestsAhead | None = None,
+    ) -> None:
+        """Args: digests: where digests may be had already; None to take them when needed."""
+        self._ahead = digests or DigestsAhead(())
         self._factorizer = factorizer
         self._policy = policy
         self._seed = seed
@@ -75,6 +90,8 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
+        from loratool.lowrank import rounded_factors
+
         if self._read(base, tuned):
             return None
         generator = named_generator(self._seed, tuned.name)
@@ -105,6 +122,9 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
+        from loratool.experts import gathered
+        from loratool.lowrank import rounded_factors
+
         if self._read(base, tuned):
             return None
         generator = named_generator(self._seed, tuned.name)
@@ -133,8 +153,12 @@ class DeltaReader:
         generator: torch.Generator,
     ) -> Factorization:
         context = Context(name, before.flatten(1), after.flatten(1), transposed)
-        delta = self._delta(context.before, context.after)
         factorize_in = getattr(self._factorizer, "factorize_in", None)
+        if factorize_in is None and isinstance(self._factorizer, FormedFactorizer):
+            rounded = self._factorizer.wants_rounded(self._policy)
+            formed = self._formed(context.before, context.after, rounded)
+            return self._factorizer.factorize_formed(formed, self._policy, generator)
+        delta = self._formed(context.before, context.after).values
         if factorize_in is None:
             return self._factorizer.factorize(delta, self._policy, generator)
         found: Factorization = factorize_in(delta, self._policy, generator, context)
@@ -169,15 +193,26 @@ class DeltaReader:
     def _digest(self, side: str, tensor: LazyTensor) -> str:
         if side == "tuned" and len(tensor.shape) > 1:
             self._matrices.add(tensor.name)
-        found = self._digests[side][tensor.name] = tensor.digest()
+        found = self._digests[side][tensor.name] = self._ahead.digest(tensor)
         return found
 
-    def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""
-        delta = self._workspace.take("delta", tuple(before.shape), torch.float32)
-        for rows in tiles(before):
-            _subtract(after[rows], before[rows], delta[rows])
-        return delta
+    def _formed(
+        self, before: torch.Tensor, after: torch.Tensor, rounded: bool = False
+    ) -> FormedDelta:
+        """after - before in fp32, into this thread's buffers; exact for bf16 and fp16."""
+        import torch
+
+        shape = tuple(before.shape)
+        delta = self._workspace.take("delta", shape, torch.float32)
+        copy = self._workspace.take("rounded", shape, torch.bfloat16) if rounded else None
+        energy = 0.0
+        for rows in tiles(before, _TILE_ELEMENTS):
+            tile = delta[rows]
+            _subtract(after[rows], before[rows], tile)
+            energy += squared_norm(tile)
+            if copy is not None:
+                copy[rows] = tile
+        return FormedDelta(delta, energy, copy)
 
 
 def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
@@ -191,6 +226,8 @@ def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
 
 def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
     """out = one - other, rounded to fp32 once, without temporaries for the usual types."""
+    import torch
+
     if torch.float64 in (one.dtype, other.dtype):
         out.copy_(one.double() - other.double())
         return
@@ -211,6 +248,8 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
 
 def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
+    import torch
+
     blocks = other.blocks()
     waiting = torch.empty(0)
     for block in one.blocks():

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import blake3
 
@@ -162,11 +162,27 @@ class Context:
     transposed: bool
 
 
+@dataclass(frozen=True)
+class FormedDelta:
+    """A delta with what was measured of it while it was formed, tile by tile, in the cache.
+
+    Attributes:
+        values: (out, in), fp32, contiguous. Scratch: it may be overwritten.
+        energy: ||values||_F^2, as `squared_norm` gives it: not finite if a value is not.
+        rounded: the same in bf16, or None.
+    """
+
+    values: torch.Tensor
+    energy: float
+    rounded: torch.Tensor | None = None
+
+
 class Factorizer(Protocol):
     """A plugin of kind "factorizers": pure, deterministic for a given generator.
 
     One that uses more than the delta also has `factorize_in(delta, policy, generator, context)`,
-    which is called instead where a `Context` is known.
+    which is called instead where a `Context` is known. One that can use what is measured while a
+    delta is formed is a `FormedFactorizer`, too.
     """
 
     def factorize(
@@ -176,6 +192,21 @@ class Factorizer(Protocol):
 
         A zero delta gives rank 1 with zero factors. Raises InputError on NaN or Inf.
         """
+        ...
+
+
+@runtime_checkable
+class FormedFactorizer(Protocol):
+    """A factorizer that takes a delta with what was measured of it, which spares it passes."""
+
+    def wants_rounded(self, policy: RankPolicy) -> bool:
+        """Whether it would use a copy of the delta in bf16."""
+        ...
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `Factorizer.factorize`."""
         ...
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from loratool import plugins
 from loratool.adapter import MODEL_FILES, Adapter, LazyUpdate, Provenance
+from loratool.ahead import DigestsAhead
 from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
+from loratool.delta import DeltaReader
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError
 from loratool.linalg import Factorizer, RankPolicy
@@ -22,9 +24,6 @@ from loratool.skeleton import (
     architecture_of,
 )
 from loratool.updates import matrix_shape, swapped
-
-if TYPE_CHECKING:
-    from loratool.delta import DeltaReader
 
 _DEFAULT_RANK = 16
 
@@ -83,9 +82,8 @@ class Extract:
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
         pair = pair_models(base, finetuned, self._selection())
-        from loratool.delta import DeltaReader
-
-        reader = DeltaReader(factorizer, policy, self.seed)
+        ahead = DigestsAhead(pair.tensors())
+        reader = DeltaReader(factorizer, policy, self.seed, ahead)
         low_rank, whole = _updates(pair, reader, policy, dtype)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
@@ -110,6 +108,7 @@ class Extract:
             format=self.format,
             provenance=_provenance(pair, self._base_name(base)),
             facts=lambda: _facts(self, policy, pair, reader),
+            while_drained=ahead.running,
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError
-from loratool.linalg import Certificate, Factorization, RankPolicy, squared_norm
+from loratool.linalg import Certificate, Factorization, FormedDelta, RankPolicy, squared_norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-6
 # Norms in this range need no rescaling: neither squares nor products of blocks leave fp32.
 _SAFE_NORM = (2.0**-30, 2.0**30)
-# Columns a tile for products that are made twice, and elements a tile for fp64 copies.
-_TILE_COLUMNS, _TILE_ELEMENTS = 1024, 2**20
+# Elements a tile: of products that are made twice (and its least number of columns, with which
+# products are not slower yet), and of fp64 copies.
+_PRODUCT_ELEMENTS, _PRODUCT_COLUMNS, _TILE_ELEMENTS = 2**20, 256, 2**20
 # What fp64 rounding may do to an energy, as a share of the total.
 _FP64_SLACK = 1e-12
 # A row that projection shrinks below this share of its length was inside the subspace.
@@ -63,9 +64,17 @@ class Target:
         rows, columns = self.matrix.shape
         return rows, columns
 
+    @property
+    def shape_of_delta(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
     def flipped(self) -> Target:
-        """The same target seen from its other side, without the rounded copy."""
-        return replace(self, matrix=self.matrix.t(), rounded=None, transposed=not self.transposed)
+        """The same target seen from its other side."""
+        rounded = None if self.rounded is None else self.rounded.t()
+        turned = not self.transposed
+        return replace(self, matrix=self.matrix.t(), rounded=rounded, transposed=turned)
 
     def image(self, left: torch.Tensor) -> torch.Tensor:
         """`left` (k, rows) times U, in fp32: (k, columns)."""
@@ -107,7 +116,9 @@ class Target:
         import torch
 
         matrix = self.matrix if self.rounded is None else self.rounded
-        return torch.split(matrix, _TILE_COLUMNS, dim=1) if self.transposed else (matrix,)
+        if not self.transposed:
+            return (matrix,)
+        return torch.split(matrix, max(_PRODUCT_COLUMNS, _PRODUCT_ELEMENTS // len(matrix)), dim=1)
 
     def tiles(self) -> Iterator[torch.Tensor]:
         """U in fp64, a few columns at a time: (rows, some)."""
@@ -118,23 +129,34 @@ class Target:
             yield tile.double().mul_(self.gain)
 
 
-def prepare(delta: torch.Tensor) -> Target:
-    """Check `delta` (out, in), measure it, and lay it on its long side.
+def measured(delta: torch.Tensor) -> FormedDelta:
+    """A delta of any float type with its energy.
+
+    Raises:
+        InputError: it is not a matrix, or is empty.
+    """
+    if delta.dim() != 2 or delta.numel() == 0:
+        raise InputError(f"only matrices can be factorized, not shape {tuple(delta.shape)}")
+    delta = delta.float()
+    return FormedDelta(delta, squared_norm(delta))
+
+
+def prepare(formed: FormedDelta) -> Target:
+    """Check a delta (out, in), and lay it on its long side.
 
     Norms so small or large that fp32 products would leave its range are scaled to about 1 first, in
     place.
 
     Raises:
-        InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
+        InputError: it holds NaN or Inf.
     """
-    if delta.dim() != 2 or delta.numel() == 0:
-        raise InputError(f"only matrices can be factorized, not shape {tuple(delta.shape)}")
-    delta = delta.float()
+    delta, total, rounded = formed.values, formed.energy, formed.rounded
     moved = 0
-    total = squared_norm(delta)
     if not _SAFE_NORM[0] <= math.sqrt(abs(total)) <= _SAFE_NORM[1]:
         moved = _scale_to_one(delta)
         total = squared_norm(delta)
+        if rounded is not None:
+            rounded.copy_(delta)
     fitted = math.frexp(math.sqrt(total))[1] - 1
     transposed = delta.shape[0] > delta.shape[1]
     return Target(
@@ -143,6 +165,7 @@ def prepare(delta: torch.Tensor) -> Target:
         exponent=moved + fitted,
         total=math.ldexp(total, -2 * fitted),
         transposed=transposed,
+        rounded=rounded.t() if rounded is not None and transposed else rounded,
     )
 
 

@@ -32,7 +32,7 @@ class Exact:
         Raises:
             InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
         """
-        target = spectral.prepare(delta)
+        target = spectral.prepare(spectral.measured(delta))
         if target.total == 0:
             return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
         return spectral.gram_factorization(target, policy)

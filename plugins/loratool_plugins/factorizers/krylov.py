@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from loratool.linalg import Factorization, RankPolicy, Workspace
+from loratool.linalg import Factorization, FormedDelta, RankPolicy, Workspace
 from loratool_plugins.factorizers import _spectral as spectral
 
 if TYPE_CHECKING:
@@ -79,21 +79,33 @@ class Krylov:
         Raises:
             InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
         """
+        formed = spectral.measured(delta)
+        if self.wants_rounded(policy):
+            formed = replace(formed, rounded=_bf16_copy(formed.values))
+        return self.factorize_formed(formed, policy, generator)
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `factorize`, of a delta that was measured while it was formed.
+
+        Raises:
+            InputError: `delta` holds NaN or Inf.
+        """
         target = spectral.prepare(delta)
         if target.total == 0:
-            return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
+            return spectral.zero_factorization(target.shape_of_delta)
         limit = policy.limit(target.shape)
         width = 16 if limit <= 16 else 32
         least = limit if policy.is_fixed else 1
         if target.shape[0] < 2 * (least + _LEAST_BLOCKS * width):
             return spectral.gram_factorization(target, policy)
-        if self._rounds(policy):
-            target = replace(target, rounded=_bf16_copy(target))
-        space = Subspace(target, policy, self.tolerance)
+        search = target if target.transposed else target.flipped()  # its tiles are whole rows
+        space = Subspace(search, policy, self.tolerance)
         found = space.factorization() if space.grow(width, generator) else None
         return found or spectral.gram_factorization(target, policy, space.steps)
 
-    def _rounds(self, policy: RankPolicy) -> bool:
+    def wants_rounded(self, policy: RankPolicy) -> bool:
         """Whether to find directions in bf16, which cannot see the last 1e-3 of the energy."""
         if policy.energy is not None and policy.energy > 1 - 10 * _BF16_MARGIN:
             return False
@@ -108,14 +120,12 @@ def _cpu_multiplies_bf16() -> bool:
     return any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def _bf16_copy(target: spectral.Target) -> torch.Tensor:
-    """The target's matrix in bf16, in this thread's scratch and in the same layout."""
+def _bf16_copy(delta: torch.Tensor) -> torch.Tensor:
+    """A matrix in bf16, in this thread's scratch."""
     import torch
 
-    delta = target.matrix.t() if target.transposed else target.matrix
     rounded = _scratch.take("rounded", (delta.shape[0], delta.shape[1]), torch.bfloat16)
-    rounded.copy_(delta)
-    return rounded.t() if target.transposed else rounded
+    return rounded.copy_(delta)
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class Subspace:
         self._target = target
         self._policy = policy
         self._tolerance = tolerance
-        self._capacity = rows // 2
+        self._capacity = min(rows, columns) // 2
         self._basis = _scratch.take("basis", (self._capacity, rows), torch.float32)
         self._images = _scratch.take("images", (self._capacity, columns), torch.float32)
         self._products = _scratch.take("products", (self._capacity,) * 2, torch.float64)
@@ -257,7 +267,10 @@ class Subspace:
         fast = target.rounded is not None
         if fast and target.total - captured < _NEARLY_LOW_RANK * target.total:
             # Half a step of subspace iteration in fp32 takes the rounding out of the directions.
-            target, left = target.flipped(), spectral.whitened(spectral.whitened(right)[0])[0]
+            target, left = (
+                replace(target.flipped(), rounded=None),
+                spectral.whitened(spectral.whitened(right)[0])[0],
+            )
             right = target.image(left.float()).double()
         return spectral.composed(
             target,
