@@ -78,7 +78,7 @@ class Target:
 
     def image(self, left: torch.Tensor) -> torch.Tensor:
         """`left` (k, rows) times U, in fp32: (k, columns)."""
-        return (left @ self.matrix).mul_(self.gain)
+        return _product(left, self.matrix).mul_(self.gain)
 
     def start(self, right: torch.Tensor) -> torch.Tensor:
         """`right` (k, columns) times U^T: (k, rows), fp32; good to three digits if rounded."""
@@ -127,6 +127,21 @@ class Target:
         width = max(1, _TILE_ELEMENTS // self.shape[0])
         for tile in torch.split(self.matrix, width, dim=1):
             yield tile.double().mul_(self.gain)
+
+
+def _product(left: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`left` (k, rows) @ `matrix` (rows, columns), fp32, fast if the matrix's columns lie in rows.
+
+    oneDNN takes half the time of MKL for so few rows; torch asks it only for what it calls a
+    linear layer of its own kind of tensors, of which views are enough.
+    """
+    import torch
+
+    if matrix.is_cpu and matrix.t().is_contiguous() and torch._C._has_mkldnn:
+        linear = torch._C._nn.mkldnn_linear
+        found: torch.Tensor = linear(left.contiguous().to_mkldnn(), matrix.t(), None).to_dense()
+        return found
+    return left @ matrix
 
 
 def measured(delta: torch.Tensor) -> FormedDelta:
