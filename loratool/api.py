@@ -103,6 +103,8 @@ def extract(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     factorizer: str = "krylov",
+    compute: str | None = None,
+    device: str = "cpu",
     seed: int = 0,
     dtype: str | None = None,
     lora_only: bool = False,
@@ -122,6 +124,9 @@ def extract(
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
         factorizer: "krylov" or "exact", or another plugin's name, with options.
+        compute: "fp32" or "bf16": the precision of the products that find directions; "auto" for
+            bf16 where the processor multiplies it natively; None for the factorizer's own.
+        device: where to compute, as torch names it: "cpu", "cuda", "cuda:1".
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
         lora_only: leave out what is not a low-rank update.
@@ -132,13 +137,13 @@ def extract(
         format: the adapter format to write.
 
     Raises:
-        InputError: a checkpoint cannot be read.
+        InputError: a checkpoint cannot be read, or there is no such device.
         MismatchError: the two do not belong together.
         UsageError: an option's value makes no sense.
     """
     step = Extract(
-        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format,
+        rank, energy, tuple(target), tuple(exclude), factorizer, compute, device,
+        seed, dtype, lora_only, embeddings, tuple(map), architecture, base_name, format,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 

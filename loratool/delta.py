@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.ahead import DigestsAhead
 from loratool.checkpoint import LazyTensor
+from loratool.devices import CPU, Staging
 from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.linalg import (
@@ -50,8 +51,19 @@ class DeltaReader:
         policy: RankPolicy,
         seed: int,
         digests: DigestsAhead | None = None,
+        device: str = CPU,
     ) -> None:
-        """Args: digests: where digests may be had already; None to take them when needed."""
+        """Bind what all tasks share.
+
+        Args:
+            factorizer: what factorizes; a `FormedFactorizer` for any device but the CPU.
+            policy: how many singular values to keep.
+            seed: of the random start.
+            digests: where digests may be had already; None to take them when needed.
+            device: where deltas are formed and factorized, as torch writes it.
+        """
+        self._device = device
+        self._staging: Staging | None = None
         self._ahead = digests or DigestsAhead(())
         self._factorizer = factorizer
         self._policy = policy
@@ -155,14 +167,28 @@ class DeltaReader:
         context = Context(name, before.flatten(1), after.flatten(1), transposed)
         factorize_in = getattr(self._factorizer, "factorize_in", None)
         if factorize_in is None and isinstance(self._factorizer, FormedFactorizer):
-            rounded = self._factorizer.wants_rounded(self._policy)
-            formed = self._formed(context.before, context.after, rounded)
-            return self._factorizer.factorize_formed(formed, self._policy, generator)
+            return self._formed_factors(self._factorizer, context, generator)
         delta = self._formed(context.before, context.after).values
         if factorize_in is None:
             return self._factorizer.factorize(delta, self._policy, generator)
         found: Factorization = factorize_in(delta, self._policy, generator, context)
         return found
+
+    def _formed_factors(
+        self, factorizer: FormedFactorizer, context: Context, generator: torch.Generator
+    ) -> Factorization:
+        import torch
+
+        device = torch.device(self._device)
+        rounded = factorizer.wants_rounded(self._policy, device)
+        if device.type == "cpu":
+            formed = self._formed(context.before, context.after, rounded)
+            return factorizer.factorize_formed(formed, self._policy, generator)
+        staging = self._staging = self._staging or Staging(device)
+        with staging.stream():
+            formed = self._formed_there(staging, context, rounded)
+            found = factorizer.factorize_formed(formed, self._policy, generator)
+            return replace(found, a=found.a.cpu(), b=found.b.cpu(), sigma=found.sigma.cpu())
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.
@@ -213,6 +239,19 @@ class DeltaReader:
             if copy is not None:
                 copy[rows] = tile
         return FormedDelta(delta, energy, copy)
+
+    def _formed_there(self, staging: Staging, context: Context, rounded: bool) -> FormedDelta:
+        """As `_formed`, on another device."""
+        import torch
+
+        shape, device = tuple(context.before.shape), staging.device
+        delta = self._workspace.take("delta", shape, torch.float32, device)
+        for rows, (before, after) in staging.tiles(context.before, context.after):
+            _subtract(after, before, delta[rows])
+        copy = None
+        if rounded:
+            copy = self._workspace.take("rounded", shape, torch.bfloat16, device).copy_(delta)
+        return FormedDelta(delta, squared_norm(delta), copy)
 
 
 def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:

@@ -199,14 +199,17 @@ class Factorizer(Protocol):
 class FormedFactorizer(Protocol):
     """A factorizer that takes a delta with what was measured of it, which spares it passes."""
 
-    def wants_rounded(self, policy: RankPolicy) -> bool:
+    def wants_rounded(self, policy: RankPolicy, device: torch.device) -> bool:
         """Whether it would use a copy of the delta in bf16."""
         ...
 
     def factorize_formed(
         self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
     ) -> Factorization:
-        """As `Factorizer.factorize`."""
+        """As `Factorizer.factorize`; all products are made on the delta's device.
+
+        The factors may lie there or on the CPU.
+        """
         ...
 
 
@@ -218,20 +221,27 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device | None], torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous CPU tensor of `shape`, its contents undefined.
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor of `shape`, on the CPU if no device is named; contents undefined.
 
         It is valid until the same thread takes the same name and dtype again.
         """
         import torch
 
         size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        key = (name, dtype, device)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            self._buffers.pop((name, dtype), None)
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 

@@ -14,9 +14,10 @@ from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.delta import DeltaReader
+from loratool.devices import CPU, check_device
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError
-from loratool.linalg import Factorizer, RankPolicy
+from loratool.errors import InputError, UsageError
+from loratool.linalg import Factorizer, FormedFactorizer, RankPolicy
 from loratool.pairing import Change, Pair, Selection, pair_models
 from loratool.plugins import Operand, option
 from loratool.respelling import named_for
@@ -47,6 +48,12 @@ class Extract:
     )
     exclude: tuple[str, ...] = option((), "no tensor whose name matches this glob", metavar="GLOB")
     factorizer: str = option("krylov", "how to factorize", kind="factorizers")
+    compute: str | None = option(
+        None, "precision of the products that find directions; auto is bf16 where the processor "
+        "multiplies it natively (default: the factorizer's own)",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    device: str = option("cpu", "where to compute, as torch names it: cpu, cuda, cuda:1")
     seed: int = option(0, "seed of the factorizer's random start")
     dtype: str | None = option(
         None, "type of the factors (default: bf16 for bf16 models, else fp32)",
@@ -80,10 +87,10 @@ class Extract:
         """
         policy = rank_policy(self.rank, self.energy)
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        factorizer = self._factorizer()
         pair = pair_models(base, finetuned, self._selection())
         ahead = DigestsAhead(pair.tensors())
-        reader = DeltaReader(factorizer, policy, self.seed, ahead)
+        reader = DeltaReader(factorizer, policy, self.seed, ahead, self.device)
         low_rank, whole = _updates(pair, reader, policy, dtype)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
@@ -112,6 +119,25 @@ class Extract:
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    def _factorizer(self) -> Factorizer:
+        """The factorizer with --compute and for --device.
+
+        Raises:
+            InputError: there is no such device here.
+            UsageError: it is no device, or the factorizer does not know these options.
+        """
+        found: Any = plugins.create("factorizers", self.factorizer)
+        name = self.factorizer.partition(":")[0]
+        if self.compute is not None:
+            if not hasattr(found, "compute"):
+                raise UsageError(f"--compute: {name} computes in one precision; leave it out")
+            found = replace(found, compute=self.compute)
+        if self.device != CPU and not isinstance(found, FormedFactorizer):
+            raise UsageError(f"--device {self.device}: {name} computes on the CPU; leave it out")
+        check_device(self.device)
+        factorizer: Factorizer = found
+        return factorizer
 
     def _selection(self) -> Selection:
         return Selection(
@@ -244,6 +270,8 @@ def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -
             "rank": policy.rank,
             "energy": policy.energy,
             "factorizer": step.factorizer,
+            "compute": step.compute,
+            "device": step.device,
             "seed": step.seed,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,

@@ -59,6 +59,11 @@ class Target:
     rounded: torch.Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return self.matrix.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of `matrix`."""
         rows, columns = self.matrix.shape
@@ -86,7 +91,7 @@ class Target:
 
         tiles = self._quick_tiles()
         parts = torch.split(right.to(tiles[0].dtype), tiles[0].shape[1], dim=1)
-        back = torch.zeros(len(right), self.shape[0], dtype=torch.float32)
+        back = right.new_zeros(len(right), self.shape[0])
         for part, tile in zip(parts, tiles, strict=True):
             back += part @ tile.t()
         return back.mul_(self.gain)
@@ -100,10 +105,10 @@ class Target:
 
         tiles = self._quick_tiles()
         left = left.to(tiles[0].dtype)
-        back = torch.zeros(left.shape, dtype=torch.float32)
+        back = torch.zeros_like(left, dtype=torch.float32)
         images = []
         for tile in tiles:
-            image = left @ tile
+            image = _product(left, tile)
             images.append(image)
             back += image @ tile.t()
         return torch.cat(images, dim=1).float().mul_(self.gain), back.mul_(self.gain**2)
@@ -130,14 +135,15 @@ class Target:
 
 
 def _product(left: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """`left` (k, rows) @ `matrix` (rows, columns), fp32, fast if the matrix's columns lie in rows.
+    """`left` (k, rows) @ `matrix` (rows, columns), both fp32 or bf16.
 
-    oneDNN takes half the time of MKL for so few rows; torch asks it only for what it calls a
-    linear layer of its own kind of tensors, of which views are enough.
+    In fp32 oneDNN takes half the time of MKL for so few rows, but torch asks it only for linear
+    layers between tensors of oneDNN's own layout.
     """
     import torch
 
-    if matrix.is_cpu and matrix.t().is_contiguous() and torch._C._has_mkldnn:
+    wide = matrix.dtype == torch.float32 and matrix.t().is_contiguous()
+    if wide and matrix.is_cpu and torch._C._has_mkldnn:
         linear = torch._C._nn.mkldnn_linear
         found: torch.Tensor = linear(left.contiguous().to_mkldnn(), matrix.t(), None).to_dense()
         return found
@@ -198,6 +204,25 @@ def _scale_to_one(delta: torch.Tensor) -> int:
     return exponent
 
 
+class NoConvergenceError(Exception):
+    """LAPACK found no eigenvectors."""
+
+
+def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n), as columns, of a symmetric matrix.
+
+    Raises:
+        NoConvergenceError: they are not found.
+    """
+    import torch
+
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NoConvergenceError(str(error).partition("\n")[0]) from error
+    return values, vectors
+
+
 def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """`count` Gaussian rows (count, length) in fp32, each about 1 long."""
     import torch
@@ -207,7 +232,7 @@ def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Te
 
 
 def whitened(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal rows that span the same space, and the Gram matrix of the rows given.
+    """Orthonormal rows that span the same space, and the Gram matrix of the rows given, on the CPU.
 
     Through the eigenvectors of the Gram matrix of the rows made equally long. Dependent rows are
     left out, so there may be fewer; zero, dependent and tiny rows, on which a Cholesky
@@ -221,13 +246,13 @@ def whitened(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    gram = rows @ rows.t()
+    gram = (rows @ rows.t()).cpu()
     norms = gram.diagonal().sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    values, vectors = torch.linalg.eigh(inverse[:, None] * gram * inverse)
+    values, vectors = eigenvectors(inverse[:, None] * gram * inverse)
     kept = values > _DEPENDENT
     mixture = inverse[:, None] * vectors[:, kept] * values[kept].rsqrt()
-    return mixture.t() @ rows, gram
+    return mixture.t().to(rows.device) @ rows, gram
 
 
 def extension(
@@ -253,7 +278,8 @@ def extension(
     missing = len(block) - len(rows)
     if missing == 0 and _overlap(rows.float(), basis) < _CLEAN:
         return rows.float(), outside
-    rows = torch.cat([rows.float(), random_rows(missing, block.shape[1], generator)])
+    fresh = random_rows(missing, block.shape[1], generator).to(rows.device)
+    rows = torch.cat([rows.float(), fresh])
     rows, _ = whitened(_projected(rows, basis).double())
     return rows.float(), outside
 
@@ -278,14 +304,27 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     Costs rows^2 * columns multiplications and an eigenproblem of size rows. The absolute error of a
     squared singular value is about 1e-16 of the largest: singular values down to 1e-6 of the
     largest come out to four digits, and fp32 factors can use none below.
+
+    Raises:
+        InputError: the eigenvectors are not found.
     """
+    try:
+        return _gram_factorization(target, policy, steps)
+    except NoConvergenceError as error:
+        raise InputError(
+            f"its singular vectors are not found, not even in fp64 ({error}); leave it out with "
+            "--exclude"
+        ) from error
+
+
+def _gram_factorization(target: Target, policy: RankPolicy, steps: int) -> Factorization:
     import torch
 
     rows = target.shape[0]
-    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=target.device)
     for tile in target.tiles():
         gram.addmm_(tile, tile.t())
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigenvectors(gram)
     energies = values.flip(0).clamp_(min=0.0)
     target = replace(target, total=float(gram.trace()))
     rank = policy.choose(energies, target.total, target.shape) or len(energies)
@@ -319,9 +358,7 @@ def composed(
             matrix of rank r captures more than the best r directions in Q do and all that is
             outside: ||U_r||_F^2 <= captured + ||U - Q Q^T U||_F^2 (Ky Fan).
     """
-    import torch
-
-    values, vectors = torch.linalg.eigh(right @ right.t())
+    values, vectors = eigenvectors((right @ right.t()).cpu())
     energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
     usable = max(1, int((energies > _NEGLIGIBLE**2 * energies[0]).sum()))
     rank = policy.choose(energies[:usable], target.total, target.shape) or usable
@@ -331,8 +368,8 @@ def composed(
 
     root = energies.sqrt()
     sigma = root * 2.0**target.exponent
-    left = (vectors.t() @ left) * sigma.sqrt()[:, None]
-    right = (vectors.t() @ right) * (sigma.sqrt() / root)[:, None]
+    left = (sigma.sqrt()[:, None] * vectors.t()).to(left.device) @ left
+    right = ((sigma.sqrt() / root)[:, None] * vectors.t()).to(right.device) @ right
     out, into = (right, left) if target.transposed else (left, right)
     return Factorization(
         a=into.float().contiguous(),
