@@ -6,10 +6,10 @@
 Pairs of checkpoints of each size are made in PAIRS_DIR (make_llama_pair.py; what is there already
 is used as it is) and extracted as whole processes: all sizes at rank 8, and one size at all ranks.
 The time of a run is the least of its runs. A pair of one tiny layer tells what a run takes before
-any work, which is torch's import mostly. The growth exponent is the slope of a straight line through
-log(seconds - that) against log(parameters of the linear matrices), or log(rank): 1 is linear.
-The pair of 3 billion parameters takes 12 GB of disk and two minutes to make; --delete removes the
-pairs that this run has made.
+any work, which is torch's import mostly. The growth exponent is the slope of a straight line
+through log(seconds - that) against log(parameters of the linear matrices), or log(rank): 1 is
+linear. The pair of 3 billion parameters takes 12 GB of disk and two minutes to make; --delete
+removes the pairs that this run has made.
 """
 
 from __future__ import annotations

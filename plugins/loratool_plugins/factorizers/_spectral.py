@@ -204,7 +204,7 @@ def _scale_to_one(delta: torch.Tensor) -> int:
     return exponent
 
 
-class NoConvergenceError(Exception):
+class NoConvergenceError(InputError):
     """LAPACK found no eigenvectors."""
 
 
@@ -219,7 +219,10 @@ def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NoConvergenceError(str(error).partition("\n")[0]) from error
+        raise NoConvergenceError(
+            f"its singular vectors are not found, not even in fp64 ({str(error).splitlines()[0]}); "
+            "leave it out with --exclude"
+        ) from error
     return values, vectors
 
 
@@ -306,18 +309,8 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     largest come out to four digits, and fp32 factors can use none below.
 
     Raises:
-        InputError: the eigenvectors are not found.
+        NoConvergenceError: the eigenvectors are not found.
     """
-    try:
-        return _gram_factorization(target, policy, steps)
-    except NoConvergenceError as error:
-        raise InputError(
-            f"its singular vectors are not found, not even in fp64 ({error}); leave it out with "
-            "--exclude"
-        ) from error
-
-
-def _gram_factorization(target: Target, policy: RankPolicy, steps: int) -> Factorization:
     import torch
 
     rows = target.shape[0]
