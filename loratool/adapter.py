@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -241,6 +242,7 @@ class Adapter(Mapping[str, LazyUpdate]):
         rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
         gathered: what has to be computed before any update is; None where they are independent.
+        while_drained: what runs beside the draining, as a context.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, a directory or a file, or None if it was computed.
     """
@@ -270,6 +272,9 @@ class Adapter(Mapping[str, LazyUpdate]):
     provenance: Provenance = _READ
     gathered: Gathered | None = field(default=None, repr=False, compare=False)
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    while_drained: Callable[[], AbstractContextManager[None]] = field(
+        default=nullcontext, repr=False, compare=False
+    )
     format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None

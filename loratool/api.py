@@ -122,6 +122,8 @@ def extract(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     factorizer: str = "krylov",
+    compute: str | None = None,
+    device: str = "cpu",
     seed: int = 0,
     dtype: str | None = None,
     sparse: float | None = None,
@@ -157,6 +159,9 @@ def extract(
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
         factorizer: "krylov", "exact" or "activation", or another plugin's name, with options.
+        compute: "fp32" or "bf16": the precision of the products that find directions; "auto" for
+            bf16 where the processor multiplies it natively; None for the factorizer's own.
+        device: where to compute, as torch names it: "cpu", "cuda", "cuda:1".
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
         sparse: keep this many of the largest entries that low rank leaves out of each matrix, or
@@ -179,16 +184,17 @@ def extract(
         The adapter; with `ranks`, all of them: `adapters` has each by its rank.
 
     Raises:
-        InputError: a checkpoint cannot be read, or the budget is too small.
+        InputError: a checkpoint cannot be read, the budget is too small, or there is no such
+            device.
         MismatchError: the two do not belong together.
         UsageError: an option's value makes no sense.
     """
     step = Extract(
         rank, energy, ratio, noise_floor, budget, weigh, max_rank,
         None if ranks is None else ",".join(str(each) for each in ranks),
-        tuple(target), tuple(exclude), factorizer, seed, dtype, sparse, lora_only,
-        embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on, moments,
-        calibration_samples, calibration_length, tokenizer,
+        tuple(target), tuple(exclude), factorizer, compute, device, seed, dtype, sparse,
+        lora_only, embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on,
+        moments, calibration_samples, calibration_length, tokenizer,
     )  # fmt: skip
     found = step.run(_checkpoint(base), _checkpoint(finetuned))
     if isinstance(found, Ladder):

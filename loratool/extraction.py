@@ -8,15 +8,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import LazyUpdate
+from loratool.ahead import DigestsAhead
+from loratool.delta import DeltaReader
 from loratool.linalg import RankPolicy
 from loratool.pairing import Change, Pair
 from loratool.reports import counted, listed
+from loratool.representation import Advisor
 from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.calibrated import Calibration
-    from loratool.delta import DeltaReader
-    from loratool.representation import Advisor
 
 Updates = dict[str, LazyUpdate]
 
@@ -28,6 +29,7 @@ class Extraction:
     Attributes:
         pair: both models.
         reader: reads and factorizes.
+        ahead: takes digests while nothing else can be done yet.
         policy: how many singular values are kept.
         dtype: safetensors name of the factors' type, or None for the usual one.
         calibration: what factors are fitted to, or None.
@@ -37,6 +39,7 @@ class Extraction:
 
     pair: Pair
     reader: DeltaReader
+    ahead: DigestsAhead
     policy: RankPolicy
     dtype: str | None
     calibration: Calibration | None

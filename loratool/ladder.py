@@ -51,16 +51,16 @@ class Ladder:
         with atomic_directory(target, drain.overwrite, needed) as folder:
             updates = [*largest.values(), *largest.left_out.values()]
             drain.start(largest.provenance.doing, sum(update.nbytes for update in updates))
-            if largest.gathered is not None:
-                with single_threaded_tasks():
-                    largest.gathered.gather(folder, executor, drain.progress)
             reports = {}
-            for rank, adapter in self.adapters.items():
-                place = folder / folder_name(rank)
-                place.mkdir()
-                reports[rank] = write_adapter(
-                    adapter, writers[rank], place, target / folder_name(rank), executor, no_progress
-                )
+            with largest.while_drained(), single_threaded_tasks(drain.alone):
+                if largest.gathered is not None:
+                    largest.gathered.gather(folder, executor, drain.progress)
+                for rank, adapter in self.adapters.items():
+                    name, writer = folder_name(rank), writers[rank]
+                    (place := folder / name).mkdir()
+                    reports[rank] = write_adapter(
+                        adapter, writer, place, target / name, executor, no_progress
+                    )
         return _together(target, largest, reports)
 
 

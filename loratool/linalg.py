@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import blake3
 
@@ -205,11 +205,27 @@ class Context:
     moment: SecondMoment | None = None
 
 
+@dataclass(frozen=True)
+class FormedDelta:
+    """A delta with what was measured of it while it was formed, tile by tile, in the cache.
+
+    Attributes:
+        values: (out, in), fp32, contiguous. Scratch: it may be overwritten.
+        energy: ||values||_F^2, as `squared_norm` gives it: not finite if a value is not.
+        rounded: the same in bf16, or None.
+    """
+
+    values: torch.Tensor
+    energy: float
+    rounded: torch.Tensor | None = None
+
+
 class Factorizer(Protocol):
     """A plugin of kind "factorizers": pure, deterministic for a given generator.
 
     One that uses more than the delta also has `factorize_in(delta, policy, generator, context)`,
-    which is called instead where a `Context` is known.
+    which is called instead where a `Context` is known. One that can use what is measured while a
+    delta is formed is a `FormedFactorizer`, too.
     """
 
     def factorize(
@@ -222,6 +238,24 @@ class Factorizer(Protocol):
         ...
 
 
+@runtime_checkable
+class FormedFactorizer(Protocol):
+    """A factorizer that takes a delta with what was measured of it, which spares it passes."""
+
+    def wants_rounded(self, policy: RankPolicy, device: torch.device) -> bool:
+        """Whether it would use a copy of the delta in bf16."""
+        ...
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `Factorizer.factorize`; all products are made on the delta's device.
+
+        The factors may lie there or on the CPU.
+        """
+        ...
+
+
 class Workspace(threading.local):
     """Large scratch tensors that live from call to call, one set a thread.
 
@@ -230,20 +264,27 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device | None], torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous CPU tensor of `shape`, its contents undefined.
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor of `shape`, on the CPU if no device is named; contents undefined.
 
         It is valid until the same thread takes the same name and dtype again.
         """
         import torch
 
         size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        key = (name, dtype, device)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            self._buffers.pop((name, dtype), None)
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 

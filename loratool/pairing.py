@@ -157,6 +157,11 @@ class Pair:
                 transposed=kind == "conv1d" or name in self.skeleton.transposed_experts,
             )
 
+    def tensors(self) -> Iterator[LazyTensor]:
+        """The tensors of both models that changes are made of, in that order."""
+        for change in self.changes():
+            yield from (change.after,) if change.before is None else (change.before, change.after)
+
     def _is_factored(self, name: str, kind: Kind) -> bool:
         if is_in_task_head(name, self.task) or not is_float(self.finetuned[name].dtype):
             return False

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
 from loratool.adapter import MODEL_FILES, Adapter, LazyUpdate, Provenance
+from loratool.ahead import DigestsAhead
 from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
+from loratool.delta import DeltaReader
+from loratool.devices import CPU, check_device
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError, UsageError
 from loratool.extraction import Extraction, factor_dtype, tied_heads
 from loratool.extraction_ranks import ladder, within_budget
 from loratool.ladder import Ladder
-from loratool.linalg import Factorizer
+from loratool.linalg import Factorizer, FormedFactorizer
 from loratool.pairing import Pair, Selection, pair_models
 from loratool.plugins import Operand, option
 from loratool.rank_options import RankOptions
+from loratool.representation import Advisor
 from loratool.respelling import named_for
 from loratool.skeleton import architecture_of
 
@@ -75,6 +79,12 @@ class Extract:
     )
     exclude: tuple[str, ...] = option((), "no tensor whose name matches this glob", metavar="GLOB")
     factorizer: str = option("krylov", "how to factorize", kind="factorizers")
+    compute: str | None = option(
+        None, "precision of the products that find directions; auto is bf16 where the processor "
+        "multiplies it natively (default: the factorizer's own)",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    device: str = option("cpu", "where to compute, as torch names it: cpu, cuda, cuda:1")
     seed: int = option(0, "seed of the factorizer's random start")
     dtype: str | None = option(
         None, "type of the factors (default: bf16 for bf16 models, else fp32)",
@@ -152,14 +162,14 @@ class Extract:
     def _extraction(
         self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, options: RankOptions
     ) -> Extraction:
-        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
-        from loratool.delta import DeltaReader
-        from loratool.representation import Advisor
-
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
+        factorizer, ahead = self._made_factorizer(), DigestsAhead(pair.tensors())
         return Extraction(
             pair,
-            DeltaReader(factorizer, options.policy, self.seed, options.noise_floor),
+            DeltaReader(
+                factorizer, options.policy, self.seed, options.noise_floor, ahead, self.device
+            ),
+            ahead,
             options.policy,
             dtype,
             self._calibration(base, finetuned, pair, dtype),
@@ -194,6 +204,8 @@ class Extract:
         options = {
             **asked,
             "factorizer": self._factorizer,
+            "compute": self.compute,
+            "device": self.device,
             "seed": self.seed,
             "sparse": self.sparse,
             "lora_only": self.lora_only,
@@ -219,6 +231,7 @@ class Extract:
             format=self.format,
             provenance=_provenance(base_name, extraction),
             facts=lambda: {"options": options, **extraction.facts()},
+            while_drained=extraction.ahead.running,
         )
 
     def _named(self, adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -230,6 +243,25 @@ class Extract:
             self.rank, self.energy, self.ratio, self.noise_floor, self.budget, self.weigh,
             self.max_rank, self.ranks,
         )  # fmt: skip
+
+    def _made_factorizer(self) -> Factorizer:
+        """The factorizer with --compute and for --device.
+
+        Raises:
+            InputError: there is no such device here.
+            UsageError: it is no device, or the factorizer does not know these options.
+        """
+        found: Any = plugins.create("factorizers", self._factorizer)
+        name = self._factorizer.partition(":")[0]
+        if self.compute is not None:
+            if not hasattr(found, "compute"):
+                raise UsageError(f"--compute: {name} computes in one precision; leave it out")
+            found = replace(found, compute=self.compute)
+        if self.device != CPU and not isinstance(found, FormedFactorizer):
+            raise UsageError(f"--device {self.device}: {name} computes on the CPU; leave it out")
+        check_device(self.device)
+        factorizer: Factorizer = found
+        return factorizer
 
     @property
     def _factorizer(self) -> str:
