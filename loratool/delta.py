@@ -6,7 +6,7 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.experts import gathered
 from loratool.linalg import (
+    Certificate,
     Context,
     Factorization,
     Factorizer,
@@ -28,6 +29,7 @@ from loratool.linalg import (
     tiles,
 )
 from loratool.lowrank import rounded_factors
+from loratool.noise import rounding_noise
 from loratool.updates import Experts, LowRank, Replacement
 
 
@@ -36,15 +38,31 @@ class DeltaReader:
 
     Tasks of several threads share one reader; each thread has its own buffers, reused from tensor
     to tensor because fresh large allocations cost more than the arithmetic.
+
+    Attributes:
+        under_noise: fine-tuned tensor -> ||delta||_F^2, of those that hold no update that can be
+            told from rounding.
     """
 
-    def __init__(self, factorizer: Factorizer, policy: RankPolicy, seed: int) -> None:
+    def __init__(
+        self, factorizer: Factorizer, policy: RankPolicy, seed: int, noise_floor: bool = False
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            factorizer: computes the factors.
+            policy: how many singular values are kept.
+            seed: of the factorizer's random start.
+            noise_floor: whether singular values under the edge of the rounding noise are dropped.
+        """
         self._factorizer = factorizer
         self._policy = policy
         self._seed = seed
+        self._noise_floor = noise_floor
         self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
         self._matrices: set[str] = set()
         self._workspace = Workspace()
+        self.under_noise: dict[str, float] = {}
 
     def base_digests(self) -> dict[str, Any]:
         """Digests of the base's tensors that were read."""
@@ -82,21 +100,8 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
-        if self._read(base, tuned):
-            return None
-        generator = named_generator(self._seed, tuned.name)
-        try:
-            found = self._factors(
-                tuned.name, base.read(), tuned.read(), transposed, generator, moment
-            )
-        except InputError as error:
-            raise _name_culprit(base, tuned, error) from error
-        if base.dtype != tuned.dtype and found.certificate.total == 0:
-            return None
-        a, b = found.a, found.b
-        if transposed:
-            a, b = b.T.contiguous(), a.T.contiguous()
-        return rounded_factors(a, b, found.certificate, dtype)
+        parts = self.decompose(base, tuned, transposed, experts=False, moment=moment)
+        return low_rank_update(parts, transposed, dtype, base.dtype == tuned.dtype)
 
     def factorize_experts(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
@@ -114,24 +119,60 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
+        parts = self.decompose(base, tuned, transposed, experts=True)
+        return experts_update(parts, transposed, dtype, base.dtype == tuned.dtype)
+
+    def decompose(
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        experts: bool,
+        policy: RankPolicy | None = None,
+        moment: SecondMoment | None = None,
+    ) -> Iterator[Factorization]:
+        """Factorize each matrix of tuned - base, one after the other; none if the two are equal.
+
+        A matrix that lies under the noise floor gives zero factors.
+
+        Args:
+            base: as for `factorize`, or for `factorize_experts`.
+            tuned: of the same shape.
+            transposed: whether both are stored transposed; the factors are those of what is stored.
+            experts: whether the first axis counts matrices.
+            policy: how many singular values to keep; None for the reader's own.
+            moment: of the matrix's inputs, for factorizers that use it.
+
+        Raises:
+            InputError: NaN or Inf in either, named.
+        """
         if self._read(base, tuned):
-            return None
+            return
         generator = named_generator(self._seed, tuned.name)
-        experts: list[LowRank] = []
-        for before, after in zip(matrices_of(base), matrices_of(tuned), strict=True):
+        pairs = (
+            zip(matrices_of(base), matrices_of(tuned), strict=True)
+            if experts
+            else iter([(base.read(), tuned.read())])
+        )
+        totals, is_noise = 0.0, True
+        for before, after in pairs:
             try:
-                found = self._factors(tuned.name, before, after, transposed, generator)
+                found = self._factors(
+                    tuned.name,
+                    before,
+                    after,
+                    transposed,
+                    generator,
+                    policy or self._policy,
+                    moment,
+                )
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
-            experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
-        certificates = [u.certificate for u in experts if u.certificate is not None]
-        if base.dtype != tuned.dtype and not any(c.total for c in certificates):
-            return None
-        update = gathered(experts)
-        if transposed:
-            update = update.transposed()
-            update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
-        return update
+            totals += found.certificate.total
+            is_noise &= found.certificate.captured == 0
+            yield found
+        if self._noise_floor and is_noise and totals > 0:
+            self.under_noise[tuned.name] = totals
 
     def _factors(
         self,
@@ -140,15 +181,23 @@ class DeltaReader:
         after: torch.Tensor,
         transposed: bool,
         generator: torch.Generator,
+        policy: RankPolicy,
         moment: SecondMoment | None = None,
     ) -> Factorization:
         context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
         delta = self._delta(context.before, context.after)
+        edge = 0.0
+        if self._noise_floor:
+            noise = rounding_noise(delta, context.after)
+            if math.isfinite(noise.total):  # else the factorizer says so
+                policy, edge = replace(policy, floor=noise.floor), noise.edge
         factorize_in = getattr(self._factorizer, "factorize_in", None)
-        if factorize_in is None:
-            return self._factorizer.factorize(delta, self._policy, generator)
-        found: Factorization = factorize_in(delta, self._policy, generator, context)
-        return found
+        found: Factorization = (
+            self._factorizer.factorize(delta, policy, generator)
+            if factorize_in is None
+            else factorize_in(delta, policy, generator, context)
+        )
+        return silenced(found) if float(found.sigma[0]) < edge else found
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.
@@ -188,6 +237,58 @@ class DeltaReader:
         for rows in tiles(before):
             _subtract(after[rows], before[rows], delta[rows])
         return delta
+
+
+def low_rank_update(
+    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+) -> LowRank | None:
+    """The update of a matrix, from what `DeltaReader.decompose` found of it.
+
+    Args:
+        parts: at most one.
+        transposed: whether the weight is stored as (in, out).
+        dtype: the factors' safetensors dtype.
+        same_type: whether both models store it in one type; if not, a zero delta is no update.
+
+    Returns:
+        None if there is nothing to write.
+    """
+    found = list(parts)  # to the end, for what the reader notes there
+    if not found or _is_nothing([part.certificate for part in found], same_type):
+        return None
+    a, b = found[0].a, found[0].b
+    if transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return rounded_factors(a, b, found[0].certificate, dtype)
+
+
+def experts_update(
+    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+) -> Experts | None:
+    """The update of the experts of a weight; for the arguments see `low_rank_update`."""
+    experts = [rounded_factors(found.a, found.b, found.certificate, dtype) for found in parts]
+    certificates = [u.certificate for u in experts if u.certificate is not None]
+    if not experts or _is_nothing(certificates, same_type):
+        return None
+    update = gathered(experts)
+    if transposed:
+        update = update.transposed()
+        update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
+    return update
+
+
+def _is_nothing(certificates: Sequence[Certificate], same_type: bool) -> bool:
+    """Whether factors hold no update: of equal values in other types, or of noise alone."""
+    if any(certificate.captured for certificate in certificates):
+        return False
+    return not same_type or any(certificate.total for certificate in certificates)
+
+
+def silenced(found: Factorization) -> Factorization:
+    """A factorization of rank 1 that captures nothing."""
+    certificate = replace(found.certificate, rank=1, captured=0.0)
+    a, b, sigma = (torch.zeros_like(x) for x in (found.a[:1], found.b[:, :1], found.sigma[:1]))
+    return Factorization(a, b, sigma, certificate)
 
 
 def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:

@@ -34,26 +34,30 @@ class RankPolicy:
         energy: keep the fewest that capture at least this share of ||D||_F^2 (None: all of them
             up to `rank`).
         ratio: keep those of at least sigma_1 / ratio (None: however small).
+        floor: keep those of at least this share of ||D||_F (None: however small).
     """
 
     rank: int | None = 16
     energy: float | None = None
     ratio: float | None = None
+    floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None and self.ratio is None:
-            raise UsageError("a rank, an energy or a ratio is needed")
+        if self.rank is None and self.is_fixed:
+            raise UsageError("a rank, an energy, a ratio or a floor is needed")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"the energy must lie in (0, 1], not {self.energy}")
         if self.ratio is not None and not self.ratio >= 1:
             raise UsageError(f"the ratio must be at least 1, not {self.ratio}")
+        if self.floor is not None and not self.floor >= 0:
+            raise UsageError(f"the floor must be at least 0, not {self.floor}")
 
     @property
     def is_fixed(self) -> bool:
         """Whether the rank is known before any singular value is."""
-        return self.energy is None and self.ratio is None
+        return self.energy is None and self.ratio is None and self.floor is None
 
     def limit(self, shape: tuple[int, int]) -> int:
         """The largest rank that this policy allows for a matrix of `shape`."""
@@ -84,12 +88,19 @@ class RankPolicy:
             short = int((energies.cumsum(0) < self.wanted(total, margin)).sum())
             if short < known:
                 counts.append(short + 1)
-        if self.ratio is not None and known:
-            large = int((energies >= energies[0] / self.ratio**2).sum())
+        for least in self._least_energies(energies, total):
+            large = int((energies >= least).sum())
             if large < known:
                 counts.append(max(1, large))
         smallest = min(counts)
         return smallest if smallest <= known else None
+
+    def _least_energies(self, energies: torch.Tensor, total: float) -> Iterator[float]:
+        """What a squared singular value must be at least to be kept."""
+        if self.ratio is not None and len(energies):
+            yield float(energies[0]) / self.ratio**2
+        if self.floor is not None:
+            yield self.floor**2 * total
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,11 @@ class Pair:
         kinds: dict[str, Kind] = dict(self.skeleton.kinds)
         return kinds | dict.fromkeys(self.skeleton.unreachable, "other")
 
+    def tied_tables(self) -> dict[str, str]:
+        """Heads that share the values of embeddings -> these."""
+        tied = self.skeleton.tied.items()
+        return {head: source for head, source in tied if self.kinds.get(source) == "embedding"}
+
     def changes(self) -> Iterator[Change]:
         """What is selected, in the fine-tune's order, but for second names of the same values."""
         kinds = self.kinds
