@@ -9,7 +9,8 @@ repository's documentation. Inputs to calibrate on and to judge by are disjoint.
 
 "outputs" is ||merged - tuned||_F / ||tuned||_F of the logits, or of the last hidden states without
 padding, on held-out inputs; "layers" is what the factors miss of ||delta x||^2 of all layers for
-the calibration inputs, which is what the fit makes small.
+the calibration inputs, which is what the fit makes small; each fit's in its own metric, plain SVD's
+in that of "full".
 """
 
 from __future__ import annotations

@@ -135,13 +135,13 @@ class Outcome:
                 "method": c.method,
                 "steps": c.steps,
             }
+            if c.weighted is not None:
+                tensors[name]["weighted"] = _weighted_data([c.weighted])
         for name, entries in self.sparse.items():
             tensors[name]["entries"] = entries.number
             tensors[name]["entry_bytes"] = entries.nbytes
             if entries.without is not None:
                 tensors[name]["energy_of_factors"] = entries.without
-            if c.weighted is not None:
-                tensors[name]["weighted"] = _weighted_data([c.weighted])
         for name, source in self.adapter.provenance.sources.items():
             if name in tensors:
                 tensors[name]["from"] = source
