@@ -356,13 +356,13 @@ def test_every_tensor_is_read_for_one_adapter_only(
     from loratool_plugins.factorizers.krylov import Krylov
 
     calls = []
-    plain = Krylov.factorize
+    plain = Krylov.factorize_formed
 
     def counted(self: Krylov, *arguments: Any) -> Any:
         calls.append(1)
         return plain(self, *arguments)
 
-    monkeypatch.setattr(Krylov, "factorize", counted)
+    monkeypatch.setattr(Krylov, "factorize_formed", counted)
     extract(tiny, ranks=(1, 2, 4)).save(tmp_path / "out")
     assert len(calls) == 14
 
