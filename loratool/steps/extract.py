@@ -145,9 +145,9 @@ class Extract:
             InputError: nothing is left to extract, or the budget is too small.
             UsageError: an option's value makes no sense.
         """
-        options = self._ranks()
+        options, factorizer = self._ranks(), self._made_factorizer()
         pair = pair_models(base, finetuned, self._selection())
-        extraction = self._extraction(base, finetuned, pair, options)
+        extraction = self._extraction(base, finetuned, pair, options, factorizer)
         low_rank, whole = extraction.updates()
         build = partial(self._adapter, self._base_name(base), extraction)
         if options.ladder:
@@ -160,10 +160,15 @@ class Extract:
         return self._named(adapter, base)
 
     def _extraction(
-        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, options: RankOptions
+        self,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+        pair: Pair,
+        options: RankOptions,
+        factorizer: Factorizer,
     ) -> Extraction:
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer, ahead = self._made_factorizer(), DigestsAhead(pair.tensors())
+        ahead = DigestsAhead(pair.tensors())
         return Extraction(
             pair,
             DeltaReader(
