@@ -6,7 +6,8 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.experts import gathered
 from loratool.linalg import (
+    Choice,
     Context,
     Factorization,
     Factorizer,
@@ -27,7 +29,15 @@ from loratool.linalg import (
     tiles,
 )
 from loratool.lowrank import rounded_factors
+from loratool.suspicion import Suspicion, in_any_order, suspected
 from loratool.updates import Experts, LowRank, Replacement
+
+# Matrices that are looked at for what kind of fine-tune it is.
+_SAMPLES = 3
+# Certificate.method of factorizers that find the singular values of the delta itself.
+_PLAIN_METHODS = ("krylov", "gram")
+
+Sample = tuple[LazyTensor, LazyTensor, bool]  # base, fine-tune, whether they are transposed
 
 
 class DeltaReader:
@@ -37,8 +47,26 @@ class DeltaReader:
     to tensor because fresh large allocations cost more than the arithmetic.
     """
 
-    def __init__(self, factorizer: Factorizer, policy: RankPolicy, seed: int) -> None:
+    def __init__(
+        self,
+        factorizer: Factorizer,
+        policy: RankPolicy,
+        seed: int,
+        samples: Sequence[Sample] = (),
+    ) -> None:
+        """Make a reader.
+
+        Args:
+            factorizer: of all matrices.
+            policy: how many singular values to keep.
+            seed: of the factorizer's random start.
+            samples: the matrices from which some may be taken to see what fine-tune it is.
+        """
         self._factorizer = factorizer
+        self._samples = {sample[1].name: sample for sample in samples}
+        self._choice: Choice | None = None
+        self._choosing = threading.Lock()
+        self._spectra: dict[str, tuple[float, list[float]]] = {}
         self._policy = policy
         self._seed = seed
         self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
@@ -60,8 +88,25 @@ class DeltaReader:
             groups.setdefault(self._digests["tuned"][name], []).append(name)
         return [names for names in groups.values() if len(names) > 1]
 
+    def choice(self) -> Choice | None:
+        """What the factorizer has chosen; None if it does not choose, or had no occasion to."""
+        return self._choice
+
+    def suspicion(self) -> Suspicion | None:
+        """Whether a few of the matrices that were factorized look like a merged, rounded LoRA.
+
+        Reads these again. The same whatever the order of work was.
+        """
+        names = [name for name in self._spectra if name in self._samples]
+        chosen = in_any_order(names)[:_SAMPLES]
+        tuned = {name: self._samples[name][1] for name in names}
+        return suspected(
+            ((name, tuned[name].read().flatten(1), *self._spectra[name]) for name in chosen),
+            weights=sum(tensor.numel for tensor in tuned.values()),
+        )
+
     def factorize(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str, precise: str = ""
     ) -> LowRank | None:
         """Factorize tuned - base, or None if they are equal, be it in different types.
 
@@ -71,6 +116,7 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
+            precise: that of factors that are worth more than `dtype`, if another.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -84,13 +130,17 @@ class DeltaReader:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
             return None
+        if found.certificate.method.startswith(_PLAIN_METHODS):
+            energies = found.sigma.double().square().tolist()
+            self._spectra[tuned.name] = (found.certificate.total, energies)
         a, b = found.a, found.b
         if transposed:
             a, b = b.T.contiguous(), a.T.contiguous()
+        dtype = precise if precise and found.is_precise else dtype
         return rounded_factors(a, b, found.certificate, dtype)
 
     def factorize_experts(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str, precise: str = ""
     ) -> Experts | None:
         """Factorize tuned - base expert by expert, or None if they are equal.
 
@@ -101,6 +151,7 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (E, in, out).
             dtype: the factors' safetensors dtype.
+            precise: that of all factors if some are worth more than `dtype`, if another.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -108,13 +159,15 @@ class DeltaReader:
         if self._read(base, tuned):
             return None
         generator = named_generator(self._seed, tuned.name)
-        experts: list[LowRank] = []
+        parts: list[Factorization] = []
         for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
             try:
                 found = self._factors(tuned.name, before, after, transposed, generator)
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
-            experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
+            parts.append(found)
+        dtype = precise if precise and any(part.is_precise for part in parts) else dtype
+        experts = [rounded_factors(part.a, part.b, part.certificate, dtype) for part in parts]
         certificates = [u.certificate for u in experts if u.certificate is not None]
         if base.dtype != tuned.dtype and not any(c.total for c in certificates):
             return None
@@ -132,13 +185,37 @@ class DeltaReader:
         transposed: bool,
         generator: torch.Generator,
     ) -> Factorization:
+        factorizer = self._chosen()
         context = Context(name, before.flatten(1), after.flatten(1), transposed)
         delta = self._delta(context.before, context.after)
-        factorize_in = getattr(self._factorizer, "factorize_in", None)
+        factorize_in = getattr(factorizer, "factorize_in", None)
         if factorize_in is None:
-            return self._factorizer.factorize(delta, self._policy, generator)
+            return factorizer.factorize(delta, self._policy, generator)
         found: Factorization = factorize_in(delta, self._policy, generator, context)
         return found
+
+    def _chosen(self) -> Factorizer:
+        """The factorizer, or the one that it has chosen by samples, which it is asked once."""
+        choose = getattr(self._factorizer, "choose", None)
+        if choose is None:
+            return self._factorizer
+        with self._choosing:
+            if self._choice is None:
+                self._choice = choose(self._changed(), self._policy, self._seed)
+            return self._choice.factorizer
+
+    def _changed(self) -> Iterator[tuple[torch.Tensor, Context]]:
+        """Deltas of samples that are not zero, in an order that depends on names alone."""
+        for name in in_any_order(self._samples):
+            base, tuned, transposed = self._samples[name]
+            if self._read(base, tuned):
+                continue
+            context = Context(name, base.read().flatten(1), tuned.read().flatten(1), transposed)
+            delta = self._delta(context.before, context.after)
+            if not is_finite(delta):
+                raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+            if delta.any():
+                yield delta, context
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.

@@ -12,6 +12,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate
 from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.suspicion import recovery_lines
 from loratool.updates import KIND_NAMES, Experts, Kind, LowRank, Replacement, Update, counted_kind
 
 
@@ -92,6 +93,7 @@ class Outcome:
                 "delta_norm": c.total**0.5,
                 "method": c.method,
                 "steps": c.steps,
+                **c.details,
             }
         for name, source in self.adapter.provenance.sources.items():
             if name in tensors:
@@ -141,6 +143,7 @@ class Outcome:
             lines.append(f"the same values: {' = '.join(names)}")
         for name, norm in self.left_out.items():
             lines.append(f"left out: {name} ({_norm(norm)})")
+        lines += recovery_lines(self.low_rank)
         lines += self.adapter.provenance.lines()
         return Report(
             f"{self.adapter.provenance.done} {target}",

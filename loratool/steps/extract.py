@@ -11,7 +11,7 @@ from loratool import plugins
 from loratool.adapter import MODEL_FILES, Adapter, LazyUpdate, Provenance
 from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
-from loratool.checkpoint import Checkpoint
+from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError
 from loratool.linalg import Factorizer, RankPolicy
@@ -21,6 +21,7 @@ from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
 )
+from loratool.suspicion import suspicion_facts, suspicion_lines
 from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ class Extract:
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
 
-        reader = DeltaReader(factorizer, policy, self.seed)
-        low_rank, whole = _updates(pair, reader, policy, dtype)
+        reader = DeltaReader(factorizer, policy, self.seed, _samples(pair))
+        precise = dtype is None and getattr(factorizer, "is_precise", False)
+        low_rank, whole = _updates(pair, reader, policy, dtype, precise)
+        suspicion = cache(reader.suspicion)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
@@ -108,8 +111,11 @@ class Extract:
             left_out=whole if self.lora_only else {},
             notes=(*pair.notes, *_table_notes(pair), *_rank_notes(pair, policy)),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base)),
-            facts=lambda: _facts(self, policy, pair, reader),
+            provenance=replace(
+                _provenance(pair, self._base_name(base)),
+                lines=lambda: (*_choice_lines(reader), *suspicion_lines(suspicion())),
+            ),
+            facts=lambda: _facts(self, policy, pair, reader) | suspicion_facts(suspicion()),
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
@@ -146,22 +152,36 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
     return RankPolicy(_DEFAULT_RANK if rank is None and energy is None else rank, energy)
 
 
+def _samples(pair: Pair) -> list[tuple[LazyTensor, LazyTensor, bool]]:
+    """The matrices that can tell what kind of fine-tune it is."""
+    return [
+        (change.before, change.after, change.transposed)
+        for change in pair.changes()
+        if change.factored and change.kind != "experts" and change.before is not None
+    ]
+
+
+def _choice_lines(reader: DeltaReader) -> list[str]:
+    choice = reader.choice()
+    return [f"factorizer: {choice.name}, for {choice.reason}"] if choice else []
+
+
 def _updates(
-    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None, precise: bool
 ) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
     for change in pair.changes():
         if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype)
+            low_rank[change.name] = _low_rank(change, reader, policy, dtype, precise)
         else:
             whole[change.name] = _replacement(change, reader)
     return low_rank, whole
 
 
 def _low_rank(
-    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None, precise: bool
 ) -> LazyUpdate:
     before, after = change.before, change.after
     assert before is not None  # of what is factored
@@ -170,12 +190,13 @@ def _low_rank(
     dtype = dtype or ("BF16" if before.dtype == "BF16" else "F32")
     factorize = reader.factorize_experts if experts else reader.factorize
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
+    most = "F32" if precise else dtype
     return LazyUpdate(
         change.name,
         "experts" if experts else "low_rank",
         shape,
-        dtype,
-        lambda: factorize(before, after, change.transposed, dtype),
+        most,
+        lambda: factorize(before, after, change.transposed, dtype, most),
         rank=policy.limit(matrix) if policy.rank else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
@@ -245,6 +266,7 @@ def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -
             "rank": policy.rank,
             "energy": policy.energy,
             "factorizer": step.factorizer,
+            **({"chosen": choice.name} if (choice := reader.choice()) else {}),
             "seed": step.seed,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,

@@ -1,0 +1,314 @@
+"""Rounding cells: which deltas the rounding of a merge maps to the weights that came of it.
+
+A weight W1 = round(W0 + D) does not tell D, but an interval that D lies in. Where D has low rank
+there are far more intervals than unknowns, and the matrix of rank r that lies in all of them is
+much closer to D than the best approximation of W1 - W0 is. It is sought by alternating between a
+pull into the intervals and a projection to rank r.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from loratool.linalg import Workspace, squared_norm, tiles
+
+if TYPE_CHECKING:
+    import torch
+
+Replay = Literal["sum", "delta, then sum"]
+
+_TILE = 1 << 17  # elements: the four tiles of a step stay in the cache
+# How far to go, in units of the violation, and how much of the last move to repeat.
+_PULL, _MOMENTUM = 1.8, 0.9
+
+_scratch = Workspace()
+
+
+class Fit(NamedTuple):
+    """left diag(sigma) right.
+
+    Attributes:
+        left: (out, r), fp32, orthonormal columns.
+        sigma: (r,), fp32, descending.
+        right: (r, in), fp32, orthonormal rows.
+    """
+
+    left: torch.Tensor
+    sigma: torch.Tensor
+    right: torch.Tensor
+
+    def cut(self, rank: int) -> Fit:
+        """Its leading `rank` singular values."""
+        return Fit(self.left[:, :rank], self.sigma[:rank], self.right[:rank])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Cells that a fit does not see, so that it can be asked to predict them.
+
+    Attributes:
+        places: (k,) int64, where they lie in the flattened matrix.
+        low: (k,) fp32, lower ends.
+        high: (k,) upper ends.
+        asked: (k,) bool: those whose weight the merge has changed. The others would be predicted
+            by no delta at all.
+        possible: (k,) bool: those that have an interior at all.
+    """
+
+    places: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    asked: torch.Tensor
+    possible: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """How many predictions are asked for."""
+        return int(self.asked.sum())
+
+    def share(self, fit: Fit) -> float:
+        """The share of them that a fit gets right."""
+        columns = fit.right.shape[1]
+        left = (fit.left * fit.sigma)[self.places // columns]
+        right = fit.right.t()[self.places % columns]
+        values = (left * right).sum(dim=1)
+        right_ones = (values >= self.low) & (values <= self.high) & self.possible & self.asked
+        return int(right_ones.sum()) / max(1, self.count)
+
+
+class Cells:
+    """The intervals of one matrix's delta, for one way of rounding, in units of 2^exponent.
+
+    They lie in this thread's scratch: one object at a time.
+
+    Attributes:
+        held_out: what `hide` has hidden and `show` shows again.
+    """
+
+    def __init__(
+        self, before: torch.Tensor, after: torch.Tensor, replay: Replay, exponent: int
+    ) -> None:
+        """Compute all intervals.
+
+        Args:
+            before: (out, in), the base's weights, in any float dtype.
+            after: (out, in), the merged ones, bf16 or fp16.
+            replay: whether the sum alone was rounded, or the delta before it.
+            exponent: deltas are given and found divided by 2^exponent.
+        """
+        import torch
+
+        shape = (after.shape[0], after.shape[1])
+        self._before, self._after, self.replay = before, after, replay
+        self._low = _scratch.take("low", shape, torch.float32)
+        self._high = _scratch.take("high", shape, torch.float32)
+        self.empty = self.narrow = 0
+        for rows in tiles(after, _TILE):
+            self._fill(rows, exponent)
+        self.held_out: HeldOut | None = None
+
+    def _fill(self, rows: slice, exponent: int) -> None:
+        import torch
+
+        before, after = self._before[rows].float(), self._after[rows]
+        low, high = _rounding_to(after, before)
+        if self.replay != "sum":
+            least, most = _ceiling(low, after.dtype), _floor(high, after.dtype)
+            empty = least.float() > most.float()
+            first, last = _rounding_to(least)[0], _rounding_to(most)[1]
+            # An empty cell cannot be hit: it is left as it is for the sum, and `possible` tells.
+            low, high = torch.where(empty, low, first), torch.where(empty, high, last)
+            self.empty += int(empty.sum())
+        self._low[rows] = low
+        self._high[rows] = high
+        for ends in (self._low[rows], self._high[rows]):
+            ends.mul_(2.0**-exponent)
+
+    def hide(self, share: float, generator: torch.Generator) -> HeldOut:
+        """Hide a random share of the cells from `pull` until `show`."""
+        import torch
+
+        size = self._low.numel()
+        chosen = torch.rand(size, generator=generator) < share
+        places = chosen.nonzero().reshape(-1)
+        low, high = self._low.view(-1), self._high.view(-1)
+        before, after = self._before.reshape(-1)[places], self._after.reshape(-1)[places]
+        asked = before.float() != after.float()
+        if before.dtype != after.dtype:
+            asked = before.to(after.dtype) != after
+        self.held_out = HeldOut(places, low[places], high[places], asked, self._possible(places))
+        low[places], high[places] = -math.inf, math.inf
+        return self.held_out
+
+    def _possible(self, places: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.replay == "sum":
+            return torch.ones(len(places), dtype=torch.bool)
+        before, after = (x.reshape(-1)[places] for x in (self._before, self._after))
+        low, high = _rounding_to(after, before.float())
+        return _ceiling(low, after.dtype).float() <= _floor(high, after.dtype).float()
+
+    def show(self) -> None:
+        """Let `pull` see all cells again."""
+        if self.held_out is not None:
+            low, high = self._low.view(-1), self._high.view(-1)
+            low[self.held_out.places] = self.held_out.low
+            high[self.held_out.places] = self.held_out.high
+            self.held_out = None
+
+    def pull(self, now: Fit, left: torch.Tensor, right: torch.Tensor) -> Pull:
+        """Where the cells pull the matrix `left` @ `right`, seen from `now`.
+
+        Args:
+            now: whose singular vectors the pull is projected to.
+            left: (out, k), fp32.
+            right: (k, in), fp32.
+        """
+        import torch
+
+        columns = torch.empty_like(now.left)
+        rows = torch.zeros_like(now.right)
+        violation = 0.0
+        step = max(1, _TILE // right.shape[1])
+        shape = (min(step, left.shape[0]), right.shape[1])
+        point = _scratch.take("point", shape, torch.float32)
+        pulled = _scratch.take("pulled", shape, torch.float32)
+        for part in tiles(self._low, _TILE):
+            size = len(self._low[part])
+            y, r = point[:size], pulled[:size]
+            torch.mm(left[part], right, out=y)
+            torch.clamp(y, self._low[part], self._high[part], out=r)
+            r.sub_(y)
+            violation += squared_norm(r)
+            torch.mm(r, now.right.t(), out=columns[part])
+            rows.addmm_(now.left[part].t(), r)
+        return Pull(columns, rows, violation)
+
+
+class Pull(NamedTuple):
+    """clip(Y, cells) - Y for some Y, as far as a step needs it.
+
+    Attributes:
+        columns: (out, r), its product with the right singular vectors.
+        rows: (r, in), the left singular vectors' product with it.
+        violation: its ||.||_F^2.
+    """
+
+    columns: torch.Tensor
+    rows: torch.Tensor
+    violation: float
+
+
+def fitted(start: Fit, cells: Cells, steps: int) -> Fit:
+    """Move a matrix into the cells, keeping its rank.
+
+    Nesterov's method with restarts (O'Donoghue and Candes 2015, arXiv 1204.3982, section 3.2) on
+    the manifold of matrices of rank r: the pull is projected to the tangent space at the present
+    matrix and the sum cut back to rank r, through QR of thin factors (Vandereycken 2013, arXiv
+    1209.3834, section 3.1). One pass over the cells a step.
+    """
+    import torch
+
+    now = last = start
+    momentum, pull, least = 0.0, _PULL, math.inf
+    for _ in range(steps):
+        left = torch.cat([now.left * (now.sigma * (1 + momentum)), last.left], dim=1)
+        right = torch.cat([now.right, last.right * (-momentum * last.sigma)[:, None]])
+        if momentum == 0:
+            left, right = now.left * now.sigma, now.right
+        found = cells.pull(now, left, right)
+        if found.violation == 0 or not math.isfinite(found.violation):
+            break
+        grown = found.violation > least
+        if grown and momentum == 0:
+            pull /= 2
+        moved = _moved(now, last, found, pull, momentum)
+        now, last, least = moved, now, found.violation
+        momentum = 0.0 if grown else _MOMENTUM
+    return now
+
+
+def _moved(now: Fit, last: Fit, found: Pull, pull: float, momentum: float) -> Fit:
+    """now + momentum (now - last) + the pull in the tangent space, cut to the rank of `now`."""
+    import torch
+
+    rank = len(now.sigma)
+    outside = found.columns - now.left @ (now.left.t() @ found.columns)
+    left = [now.left, outside]
+    right = [now.right, found.rows]
+    core = torch.zeros(3 * rank, 3 * rank, dtype=torch.float64)
+    one, two, three = slice(rank), slice(rank, 2 * rank), slice(2 * rank, None)
+    core[one, one] = torch.diag(now.sigma.double() * (1 + momentum))
+    core[one, two] = core[two, one] = pull * torch.eye(rank, dtype=torch.float64)
+    if momentum:
+        left.append(last.left)
+        right.append(last.right)
+        core[three, three] = torch.diag(last.sigma.double() * -momentum)
+    else:
+        core = core[: 2 * rank, : 2 * rank]
+    columns, upper = torch.linalg.qr(torch.cat(left, dim=1).double())
+    rows, lower = torch.linalg.qr(torch.cat(right).t().double())
+    u, sigma, v = torch.linalg.svd(upper @ core @ lower.t())
+    return Fit(
+        (columns @ u[:, :rank]).float(),
+        sigma[:rank].float(),
+        (v[:rank] @ rows.t()).float(),
+    )
+
+
+def _rounding_to(
+    values: torch.Tensor, before: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest fp32 number d for which `before` + d rounds to `values`.
+
+    To nearest, ties to even. The half-way points are exact in fp32, and less `before` they are
+    nearly always.
+
+    Args:
+        values: any shape, bf16 or fp16.
+        before: of the same shape, fp32; 0 if None.
+    """
+    import torch
+
+    keys = _keys(values)
+    middle = values.float()
+    low = (middle + _numbers(keys - 1, values.dtype).float()) / 2
+    high = (middle + _numbers(keys + 1, values.dtype).float()) / 2
+    if before is not None:
+        low, high = low - before, high - before
+    odd = keys.bitwise_and(1).bool()  # ties go to the neighbour
+    infinity = torch.tensor(math.inf)
+    low = torch.where(odd, torch.nextafter(low, infinity), low)
+    high = torch.where(odd, torch.nextafter(high, -infinity), high)
+    return low, high
+
+
+def _ceiling(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The least number of `dtype` that is not below each fp32 value."""
+    keys = _keys(values.to(dtype))
+    return _numbers(keys + (_numbers(keys, dtype).float() < values), dtype)
+
+
+def _floor(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The largest number of `dtype` that is not above each fp32 value."""
+    keys = _keys(values.to(dtype))
+    return _numbers(keys - (_numbers(keys, dtype).float() > values).int(), dtype)
+
+
+def _keys(values: torch.Tensor) -> torch.Tensor:
+    """16-bit floats as int32 in their order, neighbours being 1 apart; both zeros are 0."""
+    import torch
+
+    bits = values.contiguous().view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def _numbers(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The 16-bit floats of `keys`."""
+    import torch
+
+    bits = torch.where(keys < 0, -keys - 0x8000, keys)
+    return bits.to(torch.int16).view(dtype)
