@@ -31,8 +31,8 @@ _LARGEST_SHARE = 0.25
 # torch's name -> (bits after the leading one, exponent of the smallest normal number)
 _COARSE = {"torch.bfloat16": (7, -126), "torch.float16": (10, -14)}
 _EXPONENT_BITS = 0x7F800000  # of fp32
-# Processor time of a recovery, a weight: the most that benchmarks/rounding_cell.py has seen.
-_SECONDS = 1.5e-6
+# Processor time of a recovery, a weight: 0.3 to 1.5 in benchmarks/rounding_cell.py.
+_SECONDS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Suspicion:
 
     @property
     def rank(self) -> int:
-        """The smallest rank that explains all matrices that were looked at."""
-        return max(gate.rank for gate in self.gates.values())
+        """The power of two that explains all matrices that were looked at."""
+        return 1 << (max(gate.rank for gate in self.gates.values()) - 1).bit_length()
 
     @property
     def is_blind(self) -> bool:
@@ -177,7 +177,7 @@ def suspicion_facts(found: Suspicion | None) -> dict[str, Any]:
     ratios = {name: gate.ratio for name, gate in found.gates.items()}
     return {
         "looks_like": {
-            "merged_lora_of_rank_at_most": found.rank,
+            "merged_lora_of_about_rank": found.rank,
             "rounded_to": found.dtype,
             "left_over_in_units_of_rounding": ratios,
             "too_small_to_tell": found.is_blind,
@@ -189,7 +189,7 @@ def suspicion_lines(found: Suspicion | None) -> list[str]:
     """A suspicion in words, and what can be done; nothing if there is none."""
     if found is None:
         return []
-    what = f"a merged LoRA of rank {found.rank} or less, rounded to {found.dtype}"
+    what = f"a merged LoRA of about rank {found.rank}, rounded to {found.dtype}"
     cost = _duration(found.weights * _SECONDS)
     if found.is_blind:
         return [

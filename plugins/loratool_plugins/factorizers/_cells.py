@@ -54,14 +54,12 @@ class HeldOut:
         high: (k,) upper ends.
         asked: (k,) bool: those whose weight the merge has changed. The others would be predicted
             by no delta at all.
-        possible: (k,) bool: those that have an interior at all.
     """
 
     places: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
     asked: torch.Tensor
-    possible: torch.Tensor
 
     @property
     def count(self) -> int:
@@ -72,19 +70,16 @@ class HeldOut:
         """The share of them that a fit gets right."""
         columns = fit.right.shape[1]
         left = (fit.left * fit.sigma)[self.places // columns]
-        right = fit.right.t()[self.places % columns]
+        right = fit.right.t().contiguous()[self.places % columns]
         values = (left * right).sum(dim=1)
-        right_ones = (values >= self.low) & (values <= self.high) & self.possible & self.asked
-        return int(right_ones.sum()) / max(1, self.count)
+        hits = (values >= self.low) & (values <= self.high) & self.asked
+        return int(hits.sum()) / max(1, self.count)
 
 
 class Cells:
     """The intervals of one matrix's delta, for one way of rounding, in units of 2^exponent.
 
     They lie in this thread's scratch: one object at a time.
-
-    Attributes:
-        held_out: what `hide` has hidden and `show` shows again.
     """
 
     def __init__(
@@ -104,60 +99,25 @@ class Cells:
         self._before, self._after, self.replay = before, after, replay
         self._low = _scratch.take("low", shape, torch.float32)
         self._high = _scratch.take("high", shape, torch.float32)
-        self.empty = self.narrow = 0
+        self._unit = 2.0**-exponent
         for rows in tiles(after, _TILE):
-            self._fill(rows, exponent)
-        self.held_out: HeldOut | None = None
+            low, high = _cells(before[rows], after[rows], replay)
+            torch.mul(low, self._unit, out=self._low[rows])
+            torch.mul(high, self._unit, out=self._high[rows])
 
-    def _fill(self, rows: slice, exponent: int) -> None:
-        import torch
-
-        before, after = self._before[rows].float(), self._after[rows]
-        low, high = _rounding_to(after, before)
-        if self.replay != "sum":
-            least, most = _ceiling(low, after.dtype), _floor(high, after.dtype)
-            empty = least.float() > most.float()
-            first, last = _rounding_to(least)[0], _rounding_to(most)[1]
-            # An empty cell cannot be hit: it is left as it is for the sum, and `possible` tells.
-            low, high = torch.where(empty, low, first), torch.where(empty, high, last)
-            self.empty += int(empty.sum())
-        self._low[rows] = low
-        self._high[rows] = high
-        for ends in (self._low[rows], self._high[rows]):
-            ends.mul_(2.0**-exponent)
-
-    def hide(self, share: float, generator: torch.Generator) -> HeldOut:
-        """Hide a random share of the cells from `pull` until `show`."""
-        import torch
-
-        size = self._low.numel()
-        chosen = torch.rand(size, generator=generator) < share
-        places = chosen.nonzero().reshape(-1)
+    def hide(self, places: torch.Tensor) -> HeldOut:
+        """Hide the cells at some `places` (k,) of the flattened matrix from `pull`."""
         low, high = self._low.view(-1), self._high.view(-1)
         before, after = self._before.reshape(-1)[places], self._after.reshape(-1)[places]
-        asked = before.float() != after.float()
-        if before.dtype != after.dtype:
-            asked = before.to(after.dtype) != after
-        self.held_out = HeldOut(places, low[places], high[places], asked, self._possible(places))
+        asked = before.to(after.dtype) != after
+        hidden = HeldOut(places, low[places], high[places], asked)
         low[places], high[places] = -math.inf, math.inf
-        return self.held_out
+        return hidden
 
-    def _possible(self, places: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        if self.replay == "sum":
-            return torch.ones(len(places), dtype=torch.bool)
-        before, after = (x.reshape(-1)[places] for x in (self._before, self._after))
-        low, high = _rounding_to(after, before.float())
-        return _ceiling(low, after.dtype).float() <= _floor(high, after.dtype).float()
-
-    def show(self) -> None:
-        """Let `pull` see all cells again."""
-        if self.held_out is not None:
-            low, high = self._low.view(-1), self._high.view(-1)
-            low[self.held_out.places] = self.held_out.low
-            high[self.held_out.places] = self.held_out.high
-            self.held_out = None
+    def show(self, hidden: HeldOut) -> None:
+        """Let `pull` see hidden cells again."""
+        self._low.view(-1)[hidden.places] = hidden.low
+        self._high.view(-1)[hidden.places] = hidden.high
 
     def pull(self, now: Fit, left: torch.Tensor, right: torch.Tensor) -> Pull:
         """Where the cells pull the matrix `left` @ `right`, seen from `now`.
@@ -200,6 +160,34 @@ class Pull(NamedTuple):
     columns: torch.Tensor
     rows: torch.Tensor
     violation: float
+
+
+def could_be(replay: Replay, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether no cell is empty in a replay.
+
+    Those of a rounded delta have gaps where a weight is small beside its change: some such weights,
+    if the sum alone was rounded, come to lie in a gap.
+    """
+    cells = (_cells(before[rows], after[rows], replay) for rows in tiles(after, _TILE))
+    return all(bool((low <= high).all()) for low, high in cells)
+
+
+def _cells(
+    before: torch.Tensor, after: torch.Tensor, replay: Replay
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest fp32 delta that gives `after`; an empty cell has least > largest.
+
+    Args:
+        before: any shape and float dtype.
+        after: of the same shape, bf16 or fp16.
+        replay: what was rounded.
+    """
+    low, high = _rounding_to(after, before.float())
+    if replay == "sum":
+        return low, high
+    # Every delta that rounds to one of the coarse deltas between these ends.
+    least, most = _ceiling(low, after.dtype), _floor(high, after.dtype)
+    return _rounding_to(least)[0], _rounding_to(most)[1]
 
 
 def fitted(start: Fit, cells: Cells, steps: int) -> Fit:
@@ -271,44 +259,45 @@ def _rounding_to(
         values: any shape, bf16 or fp16.
         before: of the same shape, fp32; 0 if None.
     """
-    import torch
-
     keys = _keys(values)
     middle = values.float()
-    low = (middle + _numbers(keys - 1, values.dtype).float()) / 2
-    high = (middle + _numbers(keys + 1, values.dtype).float()) / 2
+    low = _numbers(keys - 1, values.dtype).float().add_(middle).mul_(0.5)
+    high = _numbers(keys + 1, values.dtype).float().add_(middle).mul_(0.5)
     if before is not None:
-        low, high = low - before, high - before
-    odd = keys.bitwise_and(1).bool()  # ties go to the neighbour
-    infinity = torch.tensor(math.inf)
-    low = torch.where(odd, torch.nextafter(low, infinity), low)
-    high = torch.where(odd, torch.nextafter(high, -infinity), high)
-    return low, high
+        low.sub_(before)
+        high.sub_(before)
+    odd = keys.bitwise_and_(1)  # ties go to the neighbour
+    return _numbers(_keys(low).add_(odd), low.dtype), _numbers(_keys(high).sub_(odd), low.dtype)
 
 
 def _ceiling(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The least number of `dtype` that is not below each fp32 value."""
-    keys = _keys(values.to(dtype))
-    return _numbers(keys + (_numbers(keys, dtype).float() < values), dtype)
+    rounded = values.to(dtype)
+    return _numbers(_keys(rounded) + (rounded.float() < values), dtype)
 
 
 def _floor(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The largest number of `dtype` that is not above each fp32 value."""
-    keys = _keys(values.to(dtype))
-    return _numbers(keys - (_numbers(keys, dtype).float() > values).int(), dtype)
+    rounded = values.to(dtype)
+    return _numbers(_keys(rounded) - (rounded.float() > values).int(), dtype)
 
 
 def _keys(values: torch.Tensor) -> torch.Tensor:
-    """16-bit floats as int32 in their order, neighbours being 1 apart; both zeros are 0."""
+    """Floats of 16 or 32 bits as int32 in their order, neighbours 1 apart; both zeros are 0."""
     import torch
 
-    bits = values.contiguous().view(torch.int16).int()
-    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+    narrow = values.itemsize == 2
+    bits = values.contiguous().view(torch.int16 if narrow else torch.int32).int()
+    sign = bits >> 31  # 0 or -1
+    return (bits & (0x7FFF if narrow else 0x7FFF_FFFF)).bitwise_xor_(sign).sub_(sign)
 
 
 def _numbers(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The 16-bit floats of `keys`."""
+    """The floats of `keys`."""
     import torch
 
-    bits = torch.where(keys < 0, -keys - 0x8000, keys)
-    return bits.to(torch.int16).view(dtype)
+    sign = keys >> 31
+    size = (keys ^ sign).sub_(sign)
+    if dtype == torch.float32:
+        return size.bitwise_or_(sign.bitwise_and_(-0x8000_0000)).view(dtype)
+    return size.bitwise_or_(sign.bitwise_and_(-0x8000)).to(torch.int16).view(dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratool.linalg import Factorization, RankPolicy, squared_norm, tiles
 from loratool.suspicion import RECOVERED, gates, is_coarse
-from loratool_plugins.factorizers._cells import Cells, Fit, HeldOut, Replay, fitted
+from loratool_plugins.factorizers._cells import Cells, Fit, Replay, could_be, fitted
 from loratool_plugins.factorizers.krylov import Krylov
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 # Merged LoRA: 0.64 (at |delta|/|W| = 0.03%) to 0.98 of the held-out cells; full fine-tunes at most
 # 0.44. Twice the rank: 0.5 to 0.94.
 _ACCEPTED = 0.6
-_HELD_OUT = 0.05
+_HELD_OUT, _MOST_HELD_OUT = 0.05, 1 << 17
 # So many predictions tell 0.6 from 0.44 by five standard deviations.
 _LEAST_ASKED = 250
 # Steps that tell ranks apart, and more for a fit that comes so close.
-_TRIAL_STEPS, _MORE_STEPS, _CLOSE = 20, 40, 0.5
+_TRIAL_STEPS, _MANY_STEPS, _CLOSE = 20, 60, 0.5
 # Ranks beyond the best one are not tried once the share has fallen by this much.
 _WORSE = 0.03
 # A drop between neighbouring singular values of a fit that may be its true rank.
@@ -157,11 +157,13 @@ class Trial(NamedTuple):
         fit: the matrix found.
         held_out: share of the held-out cells that it predicts.
         replay: how the merge is taken to have rounded.
+        steps: of the fit.
     """
 
     fit: Fit
     held_out: float
     replay: Replay
+    steps: int
 
     @property
     def rank(self) -> int:
@@ -175,22 +177,22 @@ class _Trials:
     def __init__(
         self, start: Fit, context: Context, exponent: int, generator: torch.Generator
     ) -> None:
+        import torch
+
         self._start = start
         self._context = context
         self._exponent = exponent
-        self._seed = generator
-        self._state = generator.get_state()
-        self._replay: Replay = "sum"
+        size = context.after.numel()
+        count = min(int(_HELD_OUT * size), _MOST_HELD_OUT)
+        self._places = torch.randint(0, size, (count,), generator=generator)
         self._use("sum")
 
-    def _use(self, replay: Replay) -> HeldOut:
+    def _use(self, replay: Replay) -> None:
         """Replay a merge in one of two ways; the same cells are held out of both."""
-        self._seed.set_state(self._state)
-        context = self._context
+        before, after = self._context.before, self._context.after
         self._replay = replay
-        self._cells = Cells(context.before, context.after, replay, self._exponent)
-        self._held_out = self._cells.hide(_HELD_OUT, self._seed)
-        return self._held_out
+        self._cells = Cells(before, after, replay, self._exponent)
+        self._held_out = self._cells.hide(self._places)
 
     @property
     def asked(self) -> int:
@@ -212,12 +214,19 @@ class _Trials:
                 break
         best = self._between(best)
         if _CLOSE <= best.held_out < _ACCEPTED:
-            best = self._trial(best.fit, _MORE_STEPS)
-        if self._use("delta, then sum").possible.all():
-            # Had the sum alone been rounded, some cells would be empty. If not, both explain it.
-            other = self._trial(best.fit)
-            best = other if other.held_out > best.held_out else best
+            best = self._trial(self._start.cut(best.rank), _MANY_STEPS)
+        if best.held_out >= _CLOSE:
+            best = self._other_replay(best)
         return best
+
+    def _other_replay(self, best: Trial) -> Trial:
+        """The better of a trial and its like in which the delta was rounded first."""
+        before, after = self._context.before, self._context.after
+        if not could_be("delta, then sum", before, after):
+            return best
+        self._use("delta, then sum")
+        found = self._trial(self._start.cut(best.rank), best.steps)
+        return found if found.held_out > best.held_out else best
 
     def _between(self, best: Trial) -> Trial:
         """Look for a rank between powers of two, where the singular values tell."""
@@ -230,13 +239,13 @@ class _Trials:
 
     def _trial(self, start: Fit, steps: int = _TRIAL_STEPS) -> Trial:
         fit = fitted(start, self._cells, steps)
-        return Trial(fit, self._held_out.share(fit), self._replay)
+        return Trial(fit, self._held_out.share(fit), self._replay, steps)
 
     def finished(self, best: Trial, steps: int) -> Fit:
         """The best trial, continued with all cells."""
         if best.replay != self._replay:
             self._use(best.replay)
-        self._cells.show()
+        self._cells.show(self._held_out)
         return fitted(best.fit, self._cells, steps)
 
 
@@ -300,7 +309,7 @@ def _factorization(
             captured=max(0.0, total - lost),
             rounding=max(0.0, lost - total),  # of a change below the rounding of the merge
             method=RECOVERED,
-            steps=steps,
+            steps=best.steps + steps,
             details={"recovery": facts},
         ),
         is_precise=True,
