@@ -1,10 +1,10 @@
 """Whether a fine-tune looks like a merged LoRA whose sum was rounded to bf16 or fp16.
 
 Such a fine-tune differs from its base by a matrix of low rank and by rounding, whose energy is
-known: a sum that is rounded to units in the last place u is off by u^2 / 12 on average. So what the
-best matrix of that rank does not capture has just this energy, while of a full fine-tune more is
-left. The test costs one look at the values, but says nothing where the whole change is no more than
-rounding.
+known: a sum that is rounded to units in the last place u is off by u^2 / 12 on average, or by less
+where most changes are too small to move a weight. So what the best matrix of that rank does not
+capture has at most this energy, while of a full fine-tune more is left. The test costs one look at
+the values, but says nothing where the whole change is no more than rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Certificate.method of a matrix found in the rounding cells.
 RECOVERED = "rounding-cell"
-# What rounding leaves is 0.98 to 1.04 times what is expected; full fine-tunes leave 1.5 to 36.
+# Rounding leaves up to 1.04 times what is expected; full fine-tunes leave 1.5 and more.
 _PASSES = 1.2
 # Of the smaller side: beyond this rank little is left of anything.
 _LARGEST_SHARE = 0.25
