@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,6 +19,14 @@ from loratool.suspicion import (
     suspicion_lines,
 )
 from tests.merged_lora import delta, merged, tuned
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the library does
+    yield
+    torch.set_num_threads(before)
 
 
 def spectrum(context: Context) -> tuple[float, list[float]]:

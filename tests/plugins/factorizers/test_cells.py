@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ from tests.merged_lora import delta, merged
 
 TYPES = [torch.bfloat16, torch.float16]
 REPLAYS: list[Replay] = ["sum", "delta, then sum"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the library does
+    yield
+    torch.set_num_threads(before)
 
 
 def every_number(dtype: torch.dtype) -> torch.Tensor:
