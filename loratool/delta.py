@@ -23,6 +23,7 @@ from loratool.linalg import (
     Factorization,
     Factorizer,
     RankPolicy,
+    SecondMoment,
     Workspace,
     is_finite,
     named_generator,
@@ -53,6 +54,7 @@ class DeltaReader:
         policy: RankPolicy,
         seed: int,
         samples: Sequence[Sample] = (),
+        precise: str = "",
     ) -> None:
         """Make a reader.
 
@@ -61,7 +63,9 @@ class DeltaReader:
             policy: how many singular values to keep.
             seed: of the factorizer's random start.
             samples: the matrices from which some may be taken to see what fine-tune it is.
+            precise: the dtype of factors that are worth more than the one asked for, if another.
         """
+        self.precise = precise
         self._factorizer = factorizer
         self._samples = {sample[1].name: sample for sample in samples}
         self._choice: Choice | None = None
@@ -106,7 +110,12 @@ class DeltaReader:
         )
 
     def factorize(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str, precise: str = ""
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        dtype: str,
+        moment: SecondMoment | None = None,
     ) -> LowRank | None:
         """Factorize tuned - base, or None if they are equal, be it in different types.
 
@@ -116,7 +125,7 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
-            precise: that of factors that are worth more than `dtype`, if another.
+            moment: of the matrix's inputs, for factorizers that use it.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -125,7 +134,9 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factors(tuned.name, base.read(), tuned.read(), transposed, generator)
+            found = self._factors(
+                tuned.name, base.read(), tuned.read(), transposed, generator, moment
+            )
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
@@ -136,11 +147,11 @@ class DeltaReader:
         a, b = found.a, found.b
         if transposed:
             a, b = b.T.contiguous(), a.T.contiguous()
-        dtype = precise if precise and found.is_precise else dtype
+        dtype = self.precise if self.precise and found.is_precise else dtype
         return rounded_factors(a, b, found.certificate, dtype)
 
     def factorize_experts(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str, precise: str = ""
+        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
     ) -> Experts | None:
         """Factorize tuned - base expert by expert, or None if they are equal.
 
@@ -151,7 +162,6 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (E, in, out).
             dtype: the factors' safetensors dtype.
-            precise: that of all factors if some are worth more than `dtype`, if another.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -160,13 +170,14 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         parts: list[Factorization] = []
-        for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
+        for before, after in zip(matrices_of(base), matrices_of(tuned), strict=True):
             try:
                 found = self._factors(tuned.name, before, after, transposed, generator)
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
             parts.append(found)
-        dtype = precise if precise and any(part.is_precise for part in parts) else dtype
+        if self.precise and any(part.is_precise for part in parts):
+            dtype = self.precise
         experts = [rounded_factors(part.a, part.b, part.certificate, dtype) for part in parts]
         certificates = [u.certificate for u in experts if u.certificate is not None]
         if base.dtype != tuned.dtype and not any(c.total for c in certificates):
@@ -184,9 +195,10 @@ class DeltaReader:
         after: torch.Tensor,
         transposed: bool,
         generator: torch.Generator,
+        moment: SecondMoment | None = None,
     ) -> Factorization:
         factorizer = self._chosen()
-        context = Context(name, before.flatten(1), after.flatten(1), transposed)
+        context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
         delta = self._delta(context.before, context.after)
         factorize_in = getattr(factorizer, "factorize_in", None)
         if factorize_in is None:
@@ -257,7 +269,7 @@ class DeltaReader:
         return delta
 
 
-def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     """The matrices of a tensor (E, rows, columns), one after the other."""
     for block in tensor.blocks():
         if block.shape[1:] != tensor.shape[1:]:  # no whole matrices
@@ -278,7 +290,7 @@ def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None
 def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
     norm = change = 0.0
-    for one, other in _block_pairs(before, after):
+    for one, other in block_pairs(before, after):
         for part in tiles(one):
             old, new = one[part].double(), other[part].double()
             norm += float(old.square().sum())
@@ -286,7 +298,7 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     return math.sqrt(norm), math.sqrt(change)
 
 
-def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
     blocks = other.blocks()
     waiting = torch.empty(0)

@@ -225,8 +225,8 @@ def test_experts_are_recovered_one_by_one() -> None:
     (one, update), (other, _), full = merged(rank=2), merged(rank=3, seed=1), tuned()
     base = lazy("experts", torch.stack([one.before, other.before, full.before]))
     after = lazy("experts", torch.stack([one.after, other.after, full.after]))
-    reader = DeltaReader(RoundingCell(), RankPolicy(4), seed=0)
-    found = reader.factorize_experts(base, after, False, "BF16", "F32")
+    reader = DeltaReader(RoundingCell(), RankPolicy(4), seed=0, precise="F32")
+    found = reader.factorize_experts(base, after, False, "BF16")
     assert isinstance(found, Experts) and found.certificate is not None
     assert found.a.dtype == torch.float32 and found.rank == 4
     first = found.expert(0)
@@ -239,7 +239,7 @@ def test_a_transposed_weight_gives_the_transposed_update() -> None:
     context, update = merged()
     reader = DeltaReader(RoundingCell(), RankPolicy(16), seed=0)
     before, after = lazy("w", context.before), lazy("w", context.after)
-    found = reader.factorize(before, after, True, "BF16", "F32")
+    found = reader.factorize(before, after, True, "BF16")
     assert found is not None
     assert (found.b.shape[0], found.a.shape[1]) == (update.shape[1], update.shape[0])
     assert float(((found.b @ found.a).T - update).norm() / update.norm()) < 0.02
@@ -251,4 +251,4 @@ def test_nan_in_a_sample_of_autos_is_named() -> None:
     pair = lazy("layer.w", context.before), lazy("layer.w", context.after)
     reader = DeltaReader(Auto(), RankPolicy(4), seed=0, samples=[(*pair, False)])
     with pytest.raises(InputError, match=r"file: layer\.w: holds NaN or Inf"):
-        reader.factorize(*pair, False, "BF16", "F32")
+        reader.factorize(*pair, False, "BF16")
