@@ -141,7 +141,9 @@ class DeltaReader:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
             return None
-        if found.certificate.method.startswith(_PLAIN_METHODS):
+        # Where recovery was tried, or decided against, there is nothing left to suspect.
+        untried = self._choice is None and "recovery" not in found.certificate.details
+        if untried and found.certificate.method.startswith(_PLAIN_METHODS):
             energies = found.sigma.double().square().tolist()
             self._spectra[tuned.name] = (found.certificate.total, energies)
         a, b = found.a, found.b

