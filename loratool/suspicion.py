@@ -22,6 +22,8 @@ from loratool.linalg import Certificate, tiles
 if TYPE_CHECKING:
     import torch
 
+    from loratool.updates import LowRank, Sparse
+
 # Certificate.method of a matrix found in the rounding cells.
 RECOVERED = "rounding-cell"
 # Rounding leaves up to 1.04 times what is expected; full fine-tunes leave 1.5 and more.
@@ -206,6 +208,12 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{max(1, math.ceil(seconds))} s"
     return f"{math.ceil(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
+
+
+def is_recovered(update: LowRank | Sparse | None) -> bool:
+    """Whether an update's factors were found in rounding cells."""
+    certificate = update.certificate if update is not None else None
+    return certificate is not None and certificate.method == RECOVERED
 
 
 def recovery_together(certificates: Iterable[Certificate]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_auto_recovers_and_is_the_same_with_any_executor(tmp_path, minilm) -> No
         report = loratool.extract(folder / "base", folder / "sum", factorizer="auto").save(
             place, executor=executor
         )
-        assert report.data["options"]["chosen"] == "rounding_cell"
+        assert report.data["chosen_factorizer"] == "rounding_cell"
         assert any("recovered as a merged, rounded LoRA: 4 of 4" in x for x in report.lines)
         assert any("factorizer: rounding_cell, for " in line for line in report.lines)
         assert not any("looks like" in line for line in report.lines)
@@ -192,7 +192,7 @@ def test_full_fine_tunes_are_refused(tmp_path, rxnfp, scale) -> None:
     assert ("looks_like" in plain.data) == blind
     assert not blind or plain.data["looks_like"]["too_small_to_tell"]
     assert "looks_like" not in asked.data and "looks_like" not in auto.data
-    assert auto.data["options"]["chosen"] == "krylov"
+    assert auto.data["chosen_factorizer"] == "krylov"
     tensors = asked.data["tensors"]
     assert len(tensors) == 18
     for told in tensors.values():
