@@ -6,6 +6,7 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from loratool.digests import combine_digests
 from loratool.errors import InputError
 from loratool.linalg import (
     Certificate,
+    Choice,
     Context,
     Factorization,
     Factorizer,
@@ -30,6 +32,7 @@ from loratool.linalg import (
     squared_norm,
     tiles,
 )
+from loratool.suspicion import Suspicion, in_any_order, suspected
 from loratool.tiling import difference
 from loratool.updates import Experts, LowRank, Replacement
 
@@ -39,6 +42,12 @@ if TYPE_CHECKING:
 # Elements a tile of a delta while it is formed: two tensors in bf16, and their difference in fp32
 # and in bf16, lie in the cache.
 _TILE_ELEMENTS = 1 << 18
+# Matrices that are looked at for what kind of fine-tune it is.
+_SAMPLES = 3
+# Certificate.method of factorizers that find the singular values of the delta itself.
+_PLAIN_METHODS = ("krylov", "gram")
+
+Sample = tuple[LazyTensor, LazyTensor, bool]  # base, fine-tune, whether they are transposed
 
 
 class DeltaReader:
@@ -60,6 +69,8 @@ class DeltaReader:
         noise_floor: bool = False,
         digests: DigestsAhead | None = None,
         device: str = CPU,
+        samples: Sequence[Sample] = (),
+        precise: str = "",
     ) -> None:
         """Bind what all tasks share; nothing is read yet.
 
@@ -70,7 +81,16 @@ class DeltaReader:
             noise_floor: whether singular values under the edge of the rounding noise are dropped.
             digests: where digests may be had already; None to take them when needed.
             device: where deltas are formed and factorized, as torch writes it.
+            samples: the matrices from which some may be taken to see what fine-tune it is.
+            precise: the dtype of factors that are worth more than the one asked for, if another.
         """
+        self._samples = {sample[1].name: sample for sample in samples}
+        self._precise = precise
+        self._choice: Choice | None = None
+        self._choosing = threading.Lock()
+        self._spectra: dict[str, tuple[float, list[float]]] = {}
+        self._suspicion: Suspicion | None = None
+        self._looked_at = 0
         self._device = device
         self._staging: Staging | None = None
         self._ahead = digests or DigestsAhead(())
@@ -98,6 +118,27 @@ class DeltaReader:
             groups.setdefault(self._digests["tuned"][name], []).append(name)
         return [names for names in groups.values() if len(names) > 1]
 
+    def choice(self) -> Choice | None:
+        """What the factorizer has chosen; None if it does not choose, or had no occasion to."""
+        return self._choice
+
+    def suspicion(self) -> Suspicion | None:
+        """Whether a few of the matrices that were factorized look like a merged, rounded LoRA.
+
+        Reads these again. The same whatever the order of work was.
+        """
+        if self._looked_at == len(self._spectra):
+            return self._suspicion
+        names = [name for name in self._spectra if name in self._samples]
+        chosen = in_any_order(names)[:_SAMPLES]
+        tuned = {name: self._samples[name][1] for name in names}
+        self._looked_at = len(self._spectra)
+        self._suspicion = suspected(
+            ((name, tuned[name].read().flatten(1), *self._spectra[name]) for name in chosen),
+            weights=sum(tensor.numel for tensor in tuned.values()),
+        )
+        return self._suspicion
+
     def factorize(
         self,
         base: LazyTensor,
@@ -120,7 +161,7 @@ class DeltaReader:
             InputError: NaN or Inf in either, named.
         """
         parts = self.decompose(base, tuned, transposed, experts=False, moment=moment)
-        return low_rank_update(parts, transposed, dtype, base.dtype == tuned.dtype)
+        return low_rank_update(parts, transposed, dtype, base.dtype == tuned.dtype, self._precise)
 
     def factorize_experts(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
@@ -139,7 +180,7 @@ class DeltaReader:
             InputError: NaN or Inf in either, named.
         """
         parts = self.decompose(base, tuned, transposed, experts=True)
-        return experts_update(parts, transposed, dtype, base.dtype == tuned.dtype)
+        return experts_update(parts, transposed, dtype, base.dtype == tuned.dtype, self._precise)
 
     def decompose(
         self,
@@ -187,11 +228,43 @@ class DeltaReader:
                 )
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
+            if not experts:
+                self._remember(tuned.name, found)
             totals += found.certificate.total
             is_noise &= found.certificate.captured == 0
             yield found
         if self._noise_floor and is_noise and totals > 0:
             self.under_noise[tuned.name] = totals
+
+    def _remember(self, name: str, found: Factorization) -> None:
+        # Where recovery was tried, or decided against, there is nothing left to suspect.
+        untried = self._choice is None and "recovery" not in found.certificate.details
+        if untried and found.certificate.method.startswith(_PLAIN_METHODS):
+            energies = found.sigma.double().square().tolist()
+            self._spectra[name] = (found.certificate.total, energies)
+
+    def _chosen(self) -> Factorizer:
+        """The factorizer, or the one that it has chosen by samples, which it is asked once."""
+        choose = getattr(self._factorizer, "choose", None)
+        if choose is None:
+            return self._factorizer
+        with self._choosing:
+            if self._choice is None:
+                self._choice = choose(self._changed(), self._policy, self._seed)
+            return self._choice.factorizer
+
+    def _changed(self) -> Iterator[tuple[torch.Tensor, Context]]:
+        """Deltas of samples that are not zero, in an order that depends on names alone."""
+        for name in in_any_order(self._samples):
+            base, tuned, transposed = self._samples[name]
+            if self._read(base, tuned):
+                continue
+            context = Context(name, base.read().flatten(1), tuned.read().flatten(1), transposed)
+            delta = self._formed(context.before, context.after).values
+            if not is_finite(delta):
+                raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+            if delta.any():
+                yield delta, context
 
     def _factors(
         self,
@@ -204,13 +277,14 @@ class DeltaReader:
         moment: SecondMoment | None = None,
     ) -> Factorization:
         context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
-        factorize_in = getattr(self._factorizer, "factorize_in", None)
-        if factorize_in is None and isinstance(self._factorizer, FormedFactorizer):
-            return self._formed_factors(self._factorizer, context, policy, generator)
+        factorizer = self._chosen()
+        factorize_in = getattr(factorizer, "factorize_in", None)
+        if factorize_in is None and isinstance(factorizer, FormedFactorizer):
+            return self._formed_factors(factorizer, context, policy, generator)
         delta = self._formed(context.before, context.after).values
         policy, edge = self._above_noise(policy, delta, context.after)
         found: Factorization = (
-            self._factorizer.factorize(delta, policy, generator)
+            factorizer.factorize(delta, policy, generator)
             if factorize_in is None
             else factorize_in(delta, policy, generator, context)
         )
@@ -319,7 +393,11 @@ class DeltaReader:
 
 
 def low_rank_update(
-    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+    parts: Iterable[Factorization],
+    transposed: bool,
+    dtype: str,
+    same_type: bool,
+    precise: str = "",
 ) -> LowRank | None:
     """The update of a matrix, from what `DeltaReader.decompose` found of it.
 
@@ -328,6 +406,7 @@ def low_rank_update(
         transposed: whether the weight is stored as (in, out).
         dtype: the factors' safetensors dtype.
         same_type: whether both models store it in one type; if not, a zero delta is no update.
+        precise: the dtype of factors that are worth more than `dtype`, if another.
 
     Returns:
         None if there is nothing to write.
@@ -340,17 +419,25 @@ def low_rank_update(
     a, b = found[0].a, found[0].b
     if transposed:
         a, b = b.T.contiguous(), a.T.contiguous()
+    dtype = precise if precise and found[0].is_precise else dtype
     return rounded_factors(a, b, found[0].certificate, dtype)
 
 
 def experts_update(
-    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+    parts: Iterable[Factorization],
+    transposed: bool,
+    dtype: str,
+    same_type: bool,
+    precise: str = "",
 ) -> Experts | None:
     """The update of the experts of a weight; for the arguments see `low_rank_update`."""
     from loratool.experts import gathered
     from loratool.lowrank import rounded_factors
 
-    experts = [rounded_factors(found.a, found.b, found.certificate, dtype) for found in parts]
+    matrices = list(parts) if precise else parts  # one type for all
+    if precise and any(found.is_precise for found in matrices):
+        dtype = precise
+    experts = [rounded_factors(found.a, found.b, found.certificate, dtype) for found in matrices]
     certificates = [u.certificate for u in experts if u.certificate is not None]
     if not experts or _is_nothing(certificates, same_type):
         return None

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from loratool.linalg import Certificate
 from loratool.lowrank import padded
+from loratool.suspicion import recovery_together
 from loratool.updates import Experts, LowRank
 
 
@@ -52,10 +54,11 @@ def _scaled(expert: LowRank, scale: float) -> torch.Tensor:
 
 def together(certificates: Sequence[Certificate], rank: int) -> Certificate:
     """The certificate of several updates side by side, of one rank."""
-    sums = {
+    sums: dict[str, Any] = {
         key: math.fsum(getattr(found, key) for found in certificates)
         for key in ("total", "captured", "rounding", "optimum_bound")
     }
     methods = sorted({found.method for found in certificates})
     steps = max(found.steps for found in certificates)
-    return Certificate(rank, method=" ".join(methods), steps=steps, **sums)  # type: ignore[arg-type]
+    details = recovery_together(certificates)
+    return Certificate(rank=rank, method=" ".join(methods), steps=steps, details=details, **sums)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import LazyUpdate
 from loratool.ahead import DigestsAhead
-from loratool.delta import DeltaReader
+from loratool.delta import DeltaReader, Sample
 from loratool.linalg import RankPolicy
 from loratool.pairing import Change, Pair
 from loratool.reports import counted, listed
 from loratool.representation import Advisor
+from loratool.suspicion import Suspicion, is_recovered, suspicion_facts, suspicion_lines
 from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Extraction:
         calibration: what factors are fitted to, or None.
         sparse: how many entries are kept besides, or which share; None for none.
         advisor: sees the factors of truncated SVDs.
+        is_precise: whether some factors may be kept in fp32, whatever the usual type is.
     """
 
     pair: Pair
@@ -45,6 +47,7 @@ class Extraction:
     calibration: Calibration | None
     sparse: float | None
     advisor: Advisor
+    is_precise: bool = False
 
     def updates(self) -> tuple[Updates, Updates]:
         """The low-rank updates, and what has to be kept whole."""
@@ -68,7 +71,7 @@ class Extraction:
             change.name,
             "experts" if experts else "sparse" if sparse is not None else "low_rank",
             shape,
-            factor_dtype(change, self.dtype),
+            "F32" if self.is_precise else factor_dtype(change, self.dtype),
             lambda: load(change),
             rank=self.policy.limit(matrix) if self.policy.is_fixed else None,
             transposed=change.transposed,
@@ -85,7 +88,8 @@ class Extraction:
             found = self.calibration.load(self.reader, change.name)
         else:
             found = self.reader.factorize(before, after, transposed, dtype)
-            self.advisor.see(change.name, found, before, after)
+            if not is_recovered(found):
+                self.advisor.see(change.name, found, before, after)
         if self.sparse is not None:
             from loratool.sparse import with_entries
 
@@ -126,8 +130,20 @@ class Extraction:
     def lines(self) -> tuple[str, ...]:
         """What the report says after draining; no advice to those who follow it already."""
         calibrated = () if self.calibration is None else self.calibration.lines()
-        advice = self.advisor.lines() if self.sparse is None else ()
-        return (*_noise_lines(self.reader.under_noise), *calibrated, *advice)
+        suspicion = self._suspicion()
+        # Of a merged LoRA only the rounding is beyond its rank.
+        silent = self.sparse is not None or (suspicion is not None and not suspicion.is_blind)
+        advice = () if silent else self.advisor.lines()
+        return (
+            *_noise_lines(self.reader.under_noise),
+            *calibrated,
+            *_choice_lines(self.reader),
+            *suspicion_lines(suspicion),
+            *advice,
+        )
+
+    def _suspicion(self) -> Suspicion | None:
+        return self.reader.suspicion() if self.calibration is None else None
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says after draining."""
@@ -136,11 +152,27 @@ class Extraction:
         return {
             **({} if self.calibration is None else {"calibration": self.calibration.facts()}),
             **self.advisor.facts(),
+            **suspicion_facts(self._suspicion()),
+            **({"chosen_factorizer": choice.name} if (choice := reader.choice()) else {}),
             **({"under_noise": norms} if self.policy.floor is not None else {}),
             "duplicates": reader.duplicates(),
             "base": {"bytes": pair.base.nbytes, **reader.base_digests()},
             "finetuned": {"bytes": pair.finetuned.nbytes, **reader.tuned_digests()},
         }
+
+
+def samples_of(pair: Pair) -> list[Sample]:
+    """The matrices that can tell what kind of fine-tune it is."""
+    return [
+        (change.before, change.after, change.transposed)
+        for change in pair.changes()
+        if change.factored and change.kind != "experts" and change.before is not None
+    ]
+
+
+def _choice_lines(reader: DeltaReader) -> list[str]:
+    choice = reader.choice()
+    return [f"factorizer: {choice.name}, for {choice.reason}"] if choice else []
 
 
 def factor_dtype(change: Change, dtype: str | None) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import blake3
 
@@ -143,6 +143,7 @@ class Certificate:
         optimum_bound: an upper bound of the energy that *any* matrix of this rank captures.
         method: the numeric path taken ("krylov", "gram", ...) for the manifest.
         steps: block steps taken, 0 where that means nothing.
+        details: more for the manifest, plain values.
         weighted: the same in the metric of the data, where the factors were made for that.
     """
 
@@ -153,6 +154,7 @@ class Certificate:
     optimum_bound: float = 0.0
     method: str = ""
     steps: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
     weighted: Weighted | None = None
 
     @property
@@ -178,12 +180,14 @@ class Factorization:
         b: (out, r), fp32: U sqrt(sigma).
         sigma: (r,), fp64, descending.
         certificate: its error.
+        is_precise: whether it is closer to the truth than factors of the weights' own type can be.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     sigma: torch.Tensor
     certificate: Certificate
+    is_precise: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,9 @@ class Factorizer(Protocol):
 
     One that uses more than the delta also has `factorize_in(delta, policy, generator, context)`,
     which is called instead where a `Context` is known. One that can use what is measured while a
-    delta is formed is a `FormedFactorizer`, too.
+    delta is formed is a `FormedFactorizer`, too. One that leaves the work to another has
+    `choose(samples, policy, seed) -> Choice`, which is asked once a model. One that may set
+    `Factorization.is_precise` says so (`is_precise`).
     """
 
     def factorize(
@@ -236,6 +242,20 @@ class Factorizer(Protocol):
         A zero delta gives rank 1 with zero factors. Raises InputError on NaN or Inf.
         """
         ...
+
+
+class Choice(NamedTuple):
+    """What a factorizer that chooses has chosen for a model.
+
+    Attributes:
+        name: of the factorizer.
+        factorizer: which does the work.
+        reason: why, for people.
+    """
+
+    name: str
+    factorizer: Factorizer
+    reason: str
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Weighted
 from loratool.reports import Report, Table, format_bytes, format_share
+from loratool.suspicion import recovery_lines
 from loratool.updates import (
     KIND_NAMES,
     Experts,
@@ -134,6 +135,7 @@ class Outcome:
                 "delta_norm": c.total**0.5,
                 "method": c.method,
                 "steps": c.steps,
+                **c.details,
             }
             if c.weighted is not None:
                 tensors[name]["weighted"] = _weighted_data([c.weighted])
@@ -227,6 +229,7 @@ class Outcome:
             lines.append(f"the same values: {' = '.join(names)}")
         for name, norm in self.left_out.items():
             lines.append(f"left out: {name} ({_norm(norm)})")
+        lines += recovery_lines(self.low_rank)
         lines += self.adapter.provenance.lines()
         return Report(
             f"{self.adapter.provenance.done} {target}",

@@ -20,7 +20,7 @@ from loratool.delta import DeltaReader
 from loratool.devices import CPU, check_device
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError, UsageError
-from loratool.extraction import Extraction, factor_dtype, tied_heads
+from loratool.extraction import Extraction, factor_dtype, samples_of, tied_heads
 from loratool.extraction_ranks import ladder, within_budget
 from loratool.ladder import Ladder
 from loratool.linalg import Factorizer, FormedFactorizer
@@ -169,10 +169,12 @@ class Extract:
     ) -> Extraction:
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         ahead = DigestsAhead(pair.tensors())
+        is_precise = dtype is None and getattr(factorizer, "is_precise", False)
         return Extraction(
             pair,
             DeltaReader(
-                factorizer, options.policy, self.seed, options.noise_floor, ahead, self.device
+                factorizer, options.policy, self.seed, options.noise_floor, ahead, self.device,
+                samples_of(pair), "F32" if is_precise else "",
             ),
             ahead,
             options.policy,
@@ -180,7 +182,8 @@ class Extract:
             self._calibration(base, finetuned, pair, dtype),
             self.sparse,
             Advisor(self.seed),
-        )
+            is_precise,
+        )  # fmt: skip
 
     def _adapter(
         self,
