@@ -24,6 +24,7 @@ from loratool.reports import Report
 from loratool.requantizing import RequantizedCheckpoint
 from loratool.restoring import RestoredCheckpoint
 from loratool.steps.convert import Convert
+from loratool.steps.diff import Diff
 from loratool.steps.export import Export, LazyExport
 from loratool.steps.extract import Extract
 from loratool.steps.inspect import Inspect
@@ -387,6 +388,53 @@ def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = Fa
     """
     opened = ref if isinstance(ref, Adapter | Checkpoint) else open_any(ref)
     return Inspect(deep, all).run(opened)
+
+
+def diff(
+    base: CheckpointLike,
+    finetuned: CheckpointLike,
+    *,
+    max_rank: int = 128,
+    quick: bool = False,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: str = "whole",
+    map: Sequence[str] = (),
+    architecture: str = "",
+    factorizer: str = "krylov",
+    seed: int = 0,
+    all: bool = False,
+    plot: str | None = None,
+) -> Report:
+    """What a fine-tune changed, read now; `data` has every tensor's numbers.
+
+    Args:
+        base: the base model.
+        finetuned: the fine-tuned model.
+        max_rank: how many singular values of each matrix to find.
+        quick: no singular values: norms and counts only.
+        target: only tensors whose name matches one of these globs.
+        exclude: no tensor whose name matches one of these globs.
+        embeddings: "lowrank" to find those of changed embeddings, too.
+        map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
+        architecture: model class or type, where config.json does not say.
+        factorizer: "krylov" or "exact", or another plugin's name, with options.
+        seed: of the factorizer's random start.
+        all: list every tensor in the report's table, not kinds of them.
+        plot: draw it, too, to this .svg or .png file, which is replaced.
+
+    Raises:
+        InputError: a checkpoint cannot be read, a tensor holds NaN or Inf, or matplotlib is
+            missing.
+        MismatchError: the two do not belong together.
+        OutputError: the picture cannot be written.
+        UsageError: an option's value makes no sense.
+    """
+    step = Diff(
+        max_rank, quick, tuple(target), tuple(exclude), embeddings, tuple(map), architecture,
+        factorizer, seed, all, plot,
+    )  # fmt: skip
+    return step.run(_checkpoint(base), _checkpoint(finetuned)).measure(Drain())
 
 
 def stack(

@@ -109,7 +109,7 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         experts: list[LowRank] = []
-        for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
+        for before, after in zip(matrices_of(base), matrices_of(tuned), strict=True):
             try:
                 found = self._factors(tuned.name, before, after, transposed, generator)
             except InputError as error:
@@ -180,7 +180,7 @@ class DeltaReader:
         return delta
 
 
-def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     """The matrices of a tensor (E, rows, columns), one after the other."""
     for block in tensor.blocks():
         if block.shape[1:] != tensor.shape[1:]:  # no whole matrices
@@ -201,7 +201,7 @@ def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None
 def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
     norm = change = 0.0
-    for one, other in _block_pairs(before, after):
+    for one, other in block_pairs(before, after):
         for part in tiles(one):
             old, new = one[part].double(), other[part].double()
             norm += float(old.square().sum())
@@ -209,7 +209,7 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     return math.sqrt(norm), math.sqrt(change)
 
 
-def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
     blocks = other.blocks()
     waiting = torch.empty(0)
