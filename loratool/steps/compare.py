@@ -203,7 +203,7 @@ class Compare:
         found = read_inputs(
             Path(str(self.inputs)),
             reference,
-            Limits(self.samples, self.length),
+            Limits(self.samples, self.length, "--length"),
             owners,
             Path(self.tokenizer) if self.tokenizer else None,
         )
@@ -390,19 +390,26 @@ def _device(name: str) -> torch.device | None:
 
 
 def _distinct(contenders: Sequence[Contender]) -> Iterator[Contender]:
-    """The contenders, with one rank 0 for all adapters that keep the same tensors whole."""
+    """The contenders, with one rank 0 for all adapters that keep the same tensors whole.
+
+    Of an adapter that is being computed it shows only now whether it keeps any: where it does not,
+    its rank 0 is the base.
+    """
+    has_base = any(contender.entry.role == "base" for contender in contenders)
     several = sum(contender.keeps is not None for contender in contenders) > 1
-    seen: dict[Any, list[Contender]] = {}
-    order: list[Any] = []
+    groups: dict[Any, list[Contender]] = {}
     for number, contender in enumerate(contenders):
         adapter = contender.keeps
-        key: Any = number if adapter is None or not several else _whole_values(adapter)
-        seen.setdefault(key, []).append(contender)
-        order.append(key)
-    for key in dict.fromkeys(order):
-        first, *others = seen[key]
+        key: Any = number
+        if adapter is not None and (several or adapter.path is None):
+            values = _whole_values(adapter)
+            if has_base and not values:
+                continue
+            key = values
+        groups.setdefault(key, []).append(contender)
+    for first, *others in groups.values():
         names = (*first.entry.adapters, *(n for c in others for n in c.entry.adapters))
-        yield replace(first, entry=replace(first.entry, adapters=names)) if others else first
+        yield replace(first, entry=replace(first.entry, adapters=names))
 
 
 def _whole_values(adapter: Adapter) -> frozenset[tuple[str, ...]]:
