@@ -330,11 +330,20 @@ def rank_of(adapter: Adapter) -> int | None:
 
 
 def _labels(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
-    names = short_names([adapter for adapter, _ in adapters])
-    return [
-        name if weight == 1 else f"{name}={weight:g}"
-        for name, (_, weight) in zip(names, adapters, strict=True)
+    """What the adapters are called, with their weights where these are not 1.
+
+    Raises:
+        UsageError: two are the same.
+    """
+    distinct = {adapter.path or id(adapter): adapter for adapter, _ in adapters}
+    names = dict(zip(distinct, short_names(list(distinct.values())), strict=True))
+    found = [
+        names[adapter.path or id(adapter)] + ("" if weight == 1 else f"={weight:g}")
+        for adapter, weight in adapters
     ]
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise UsageError(f"{twice[0]} is given twice with the same weight: leave one out")
+    return found
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:
