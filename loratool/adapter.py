@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import InputError, Problem
 from loratool.files import named
-from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Update
+from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Sparse, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -52,6 +52,7 @@ class LazyUpdate:
         rows: which rows of a table are replaced.
         embedding: whether it is for an embedding's table, which formats store in another way.
         axis: of DoRA, 1 if each column of the weight has a magnitude instead of each row.
+        entries: how many single entries there are beside the factors, at most.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LazyUpdate:
     rows: tuple[int, ...] = ()
     embedding: bool = False
     axis: int = 0
+    entries: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -101,6 +103,18 @@ def replacement(value: LazyTensor, stored: LazyTensor) -> LazyUpdate:
         origin=stored.origin,
         stored=(stored,),
     )
+
+
+def without_entries(update: LazyUpdate) -> LazyUpdate:
+    """The low-rank part of an update with single entries; any other one as it is."""
+    if update.kind != "sparse":
+        return update
+
+    def load() -> Update | None:
+        found = update.load()
+        return found.added if isinstance(found, Sparse) else found
+
+    return replace(update, kind="low_rank", load=load, stored=(), entries=0)
 
 
 @dataclass(frozen=True)

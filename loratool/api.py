@@ -107,12 +107,19 @@ def extract(
     factorizer: str = "krylov",
     seed: int = 0,
     dtype: str | None = None,
+    sparse: float | None = None,
     lora_only: bool = False,
     embeddings: str = "whole",
     map: Sequence[str] = (),
     architecture: str = "",
     base_name: str = "",
     format: str = "peft",
+    calibrate: str = "",
+    calibrate_on: str = "finetuned",
+    moments: str = "full",
+    calibration_samples: int = 128,
+    calibration_length: int | None = None,
+    tokenizer: str = "",
 ) -> LazyAdapter:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
@@ -123,15 +130,24 @@ def extract(
         energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
-        factorizer: "krylov" or "exact", or another plugin's name, with options.
+        factorizer: "krylov", "exact" or "activation", or another plugin's name, with options.
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
+        sparse: keep this many of the largest entries that low rank leaves out of each matrix, or
+            below 1 this share of its entries.
         lora_only: leave out what is not a low-rank update.
         embeddings: "whole" to keep changed embeddings whole, "lowrank" to factorize them.
         map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
         architecture: model class or type, where config.json does not say.
         base_name: the base's Hub id.
         format: the adapter format to write.
+        calibrate: a file of texts, token ids or images, or a folder of images: the error of the
+            layers' outputs for these is made small, not that of the weights.
+        calibrate_on: "finetuned" or "base": which model they are run through.
+        moments: "full" second moments of each layer's inputs, or their "diagonal".
+        calibration_samples: how many of them are used at most.
+        calibration_length: how many tokens of each; None for 512, or what the model takes.
+        tokenizer: a directory with the tokenizer, if it is not the model's own.
 
     Raises:
         InputError: a checkpoint cannot be read.
@@ -139,8 +155,9 @@ def extract(
         UsageError: an option's value makes no sense.
     """
     step = Extract(
-        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format,
+        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, sparse,
+        lora_only, embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on,
+        moments, calibration_samples, calibration_length, tokenizer,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 
@@ -375,20 +392,29 @@ def convert(
     return _as(LazyAdapter, step.run(_adapter(adapter), opened))
 
 
-def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = False) -> Report:
+def inspect(
+    ref: AdapterLike | Checkpoint,
+    *,
+    deep: bool = False,
+    all: bool = False,
+    plot: str | None = None,
+) -> Report:
     """What an adapter or a checkpoint is made of; `data` is always complete.
 
     Args:
         ref: the adapter or checkpoint.
         deep: read a checkpoint's values, too: norms and digests.
         all: list every module in the report's table, not only the largest.
+        plot: draw it, too, to this .svg or .png file, which is replaced; a checkpoint: with `deep`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or matplotlib is missing.
         FormatError: no format recognises it.
+        OutputError: the picture cannot be written.
+        UsageError: a picture of a checkpoint without `deep`, or with another suffix.
     """
     opened = ref if isinstance(ref, Adapter | Checkpoint) else open_any(ref)
-    return Inspect(deep, all).run(opened)
+    return Inspect(deep, all, plot).run(opened)
 
 
 def diff(

@@ -21,6 +21,7 @@ from loratool.linalg import (
     Factorization,
     Factorizer,
     RankPolicy,
+    SecondMoment,
     Workspace,
     is_finite,
     named_generator,
@@ -61,7 +62,12 @@ class DeltaReader:
         return [names for names in groups.values() if len(names) > 1]
 
     def factorize(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        dtype: str,
+        moment: SecondMoment | None = None,
     ) -> LowRank | None:
         """Factorize tuned - base, or None if they are equal, be it in different types.
 
@@ -71,6 +77,7 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
+            moment: of the matrix's inputs, for factorizers that use it.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -79,7 +86,9 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factors(tuned.name, base.read(), tuned.read(), transposed, generator)
+            found = self._factors(
+                tuned.name, base.read(), tuned.read(), transposed, generator, moment
+            )
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
@@ -131,8 +140,9 @@ class DeltaReader:
         after: torch.Tensor,
         transposed: bool,
         generator: torch.Generator,
+        moment: SecondMoment | None = None,
     ) -> Factorization:
-        context = Context(name, before.flatten(1), after.flatten(1), transposed)
+        context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
         delta = self._delta(context.before, context.after)
         factorize_in = getattr(self._factorizer, "factorize_in", None)
         if factorize_in is None:

@@ -18,7 +18,6 @@ from loratool.recommendation import Advice, Look, advise, factors_size
 from loratool.reports import Report, Table, bar, counted, format_bytes, format_share, listed
 from loratool.spectra import Range
 
-_LISTED = 20
 _SHARES = (0.5, 0.9, 0.99)
 _KINDS = {
     "linear": "linear weights",
@@ -257,10 +256,10 @@ def _advice_lines(
         return
     spectra = [d for d in differences if d.is_changed and d.spectrum is not None]
     above = [d.spectrum.above(d.edge).low for d in spectra if d.spectrum is not None]
-    least = all(d.spectrum.above(d.edge).is_exact for d in spectra if d.spectrum is not None)
+    exact = all(d.spectrum.above(d.edge).is_exact for d in spectra if d.spectrum is not None)
     yield (
-        f"rounding noise: {'' if least else 'at least '}{min(above):.0f} to {max(above):.0f} "
-        f"singular values of a matrix stand above it, {median_high(above):.0f} in the median"
+        f"rounding noise: {'' if exact else 'at least '}{median_high(above):.0f} singular values "
+        f"of the median matrix stand above it ({min(above):.0f} to {max(above):.0f})"
     )
     kept = [f"rank {rank} {share:.0%}" for rank, share in _told_ranks(advice)]
     needed = advice.rank_for[0.9]
@@ -275,6 +274,11 @@ def _advice_lines(
             f"{format_bytes(advice.sparse_size)}, factors of 90% of the energy at least "
             f"{format_bytes(factors_size(spectra, int(needed.low)))}"
         )
+    elif advice.look == "full":
+        low = format_bytes(factors_size(spectra, int(needed.low)))
+        dense = format_bytes(sum(d.change.after.nbytes for d in spectra))
+        least = "" if needed.is_exact else "at least "
+        yield f"90% takes {least}{low} as factors; the matrices themselves take {dense}"
     whole = f", of it {format_bytes(advice.whole_size)} kept whole" if advice.whole_size else ""
     yield (
         f"recommendation: --rank {advice.rank} ({format_bytes(advice.size)}{whole}; "

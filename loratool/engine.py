@@ -130,6 +130,8 @@ def refusals(adapter: Adapter, writer: plugins.AdapterFormat) -> list[Problem]:
 def _cure(update: LazyUpdate) -> str:
     """What is wrong with an update of a kind that a format does not carry, and what helps."""
     message = f"the format has no {KIND_NAMES[update.kind]}: `loratool convert` "
+    if update.kind == "sparse":
+        return message + "makes plain LoRA of it (--to-lora), or leaves its entries out (--drop)"
     if update.kind in FACTORABLE and len(update.shape) > 1:
         message += "makes plain LoRA of it (--to-lora), or "
     return message + "leaves it out (--drop)"
@@ -151,6 +153,9 @@ def _compute(
         yield update, found
 
 
+_PLACE_BYTES = 2  # of a single entry, about
+
+
 def _needed_bytes(adapter: Adapter) -> int:
     """Disk that writing an adapter takes at most; factors are spooled first, so they count twice.
 
@@ -165,6 +170,7 @@ def _needed_bytes(adapter: Adapter) -> int:
         elif update.rank:
             elements = update.rank * elements_a_rank(update.kind, update.shape)
             total += 2 * elements * itemsize(update.dtype)
+            total += 2 * update.entries * (itemsize(update.dtype) + _PLACE_BYTES)
         elif update.kind == "dense":
             total += 2 * update.nbytes
     return total

@@ -117,11 +117,22 @@ def _labels(rows: Iterable[str]) -> dict[str, str]:
             if ends[row] < len(parts[row])
         ]
         if not short:
-            ends_of = {row: label(row) for row in ends}
-            taken = set(ends_of.values())
-            return {
-                row: end if (cut := end.removeprefix("*.")) in taken else cut
-                for row, end in ends_of.items()
-            }
+            return _shortened({row: label(row) for row in ends})
         for row in short:
             ends[row] += 1
+
+
+def _shortened(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels that reach back over numbers made shorter, where they stay different.
+
+    "*.output.dense" becomes "output.dense", and "encoder.block.*.layer.*.SelfAttention.q" becomes
+    "encoder: SelfAttention.q".
+    """
+    taken = set(labels.values())
+    found = {}
+    for row, label in labels.items():
+        head, _, end = label.rpartition("*.")
+        short = f"{row.partition('.')[0]}: {end}" if head.strip("*.") else end
+        found[row] = label if short in taken else short
+        taken.add(found[row])
+    return found

@@ -16,6 +16,7 @@ Look = Literal["same", "merged_lora", "sparse", "full", "whole", "unknown"]
 
 # A rank that keeps this share is enough; where none does, doubling it has to add this much.
 ENOUGH, WORTH_DOUBLING = 0.9, 0.05
+_STEP = 8
 # A change of fewer weights than this may be sparse.
 _FEW = 0.35
 # A place in a sparse matrix takes an index of so many bytes beside its value.
@@ -77,12 +78,12 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
         if any(rank < 2 * len(s.sigma) for s in spectra)
     }
     merged = _merged_rank(factored)
-    rank = merged or _worthwhile(kept)
-    rank_for = {share: smallest_rank(spectra, share) for share in (0.5, 0.9, 0.99)}
-    needed = rank_for[ENOUGH].high
+    rank_for = {share: smallest_rank(spectra, share) for share in (0.5, ENOUGH, 0.99)}
+    rank = merged or min(_worthwhile(kept, rank_for[ENOUGH]), _most_above_noise(factored))
+    needed = rank_for[ENOUGH].low
     if merged:
         look = "merged_lora"
-    elif _is_few(factored) and sparse < needed * _bytes_a_rank(factored):
+    elif _is_few(factored) and sparse < factors_size(factored, int(needed)):
         look = "sparse"
     else:
         look = "full"
@@ -100,15 +101,17 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
     )
 
 
+def _most_above_noise(factored: Sequence[Difference]) -> int:
+    """The most singular values of a matrix that are more than rounding; at least 1."""
+    above = [d.spectrum.above(d.edge).high for d in factored if d.spectrum is not None]
+    return max(1, int(max(above)))
+
+
 def factors_size(factored: Sequence[Difference], rank: int) -> int:
     """Bytes of the factors of all these changes, in the type that extract gives them."""
     return sum(
         min(rank, *shape_of(d)) * sum(shape_of(d)) * _experts(d) * _itemsize(d) for d in factored
     )
-
-
-def _bytes_a_rank(factored: Sequence[Difference]) -> int:
-    return factors_size(factored, 1)
 
 
 def _experts(difference: Difference) -> int:
@@ -138,15 +141,17 @@ def _merged_rank(factored: Sequence[Difference]) -> int | None:
     return max(rank for rank, count in ranks.items() if count == most)
 
 
-def _worthwhile(kept: dict[int, float]) -> int:
-    """The smallest rank that keeps enough, or the last whose doubling was worth it."""
-    best = before = 0.0
-    chosen = 1
+def _worthwhile(kept: dict[int, float], needed: Range) -> int:
+    """A rank that keeps enough, or the largest whose doubling was worth it.
+
+    Above 8 the former is rounded up to a multiple of 8, as products of such sizes are fast.
+    """
+    before, chosen = 0.0, 1
     for rank, share in kept.items():
-        best = share
-        if share - before < WORTH_DOUBLING:
-            break
-        chosen, before = rank, best
-        if share >= ENOUGH:
-            break
+        if share - before >= WORTH_DOUBLING:
+            chosen = rank
+        if share >= ENOUGH and needed.is_exact:
+            fitting = rank if rank <= _STEP else -(-int(needed.low) // _STEP) * _STEP
+            return min(chosen, fitting) if share - before < WORTH_DOUBLING else fitting
+        before = share
     return chosen

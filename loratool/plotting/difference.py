@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-from loratool.plotting.canvas import new_figure, style, write_figure
+from loratool.layers import places
+from loratool.plotting.canvas import Draw, draw_panels
 from loratool.plotting.panels import Cell, Line, energy_curves, heat_map, ranges, spectra
 
 Facts = Mapping[str, Any]
 
-_WIDTH, _ROW, _MAP, _CURVES = 13.0, 0.24, 0.95, 3.6  # inches; a map is a frame and its rows
+_RELATIVE = "||ΔW|| / ||W||"
 
 
 def draw_difference(data: Facts, path: Path) -> None:
@@ -24,7 +26,7 @@ def draw_difference(data: Facts, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    tensors: Mapping[str, Facts] = data["tensors"]
+    tensors: Mapping[str, Facts] = {name: data["tensors"][name] for name in places(data["tensors"])}
     matrices = [facts for facts in tensors.values() if facts["factored"]]
     mapped = [facts for facts in matrices if facts["layer"] is not None]
     lines = [
@@ -36,53 +38,30 @@ def draw_difference(data: Facts, path: Path) -> None:
         if is_told:
             apart.setdefault(facts["label"], []).append(facts["relative_norm"])
     recommended = data["recommendation"]
-    maps: list[Callable[[Any], None]] = []
+    maps: list[Draw] = []
     if mapped:
-        maps.append(
-            lambda axes: heat_map(
-                axes, _cells(mapped, lambda f: f["relative_norm"]),
-                "Relative norm of the change", "||ΔW|| / ||W||", percent=True,
-            )
-        )  # fmt: skip
+        cells = [Cell(f["label"], f["layer"], f["relative_norm"]) for f in mapped]
+        title = "Relative norm of the change"
+        maps.append(partial(heat_map, cells=cells, title=title, unit=_RELATIVE, percent=True))
     if mapped and lines:
-        maps.append(
-            lambda axes: heat_map(
-                axes, _rank_cells(mapped),
-                "Rank that holds 90% of the energy of the change"
-                + "  (>: more than were looked for)" * any(c.is_least for c in _rank_cells(mapped)),
-                "rank", whole=True,
-            )
-        )  # fmt: skip
-    rows = len({facts["label"] for facts in mapped})
-    panels = [bool(lines), bool(lines), bool(apart)]
-    height = 0.5 + len(maps) * (_MAP + _ROW * rows) + _CURVES * any(panels)
+        cells = _rank_cells(mapped)
+        title = "Rank that holds 90% of the energy of the change"
+        title += "  (>: more than were looked for)" * any(cell.is_least for cell in cells)
+        maps.append(partial(heat_map, cells=cells, title=title, unit="rank", whole=True))
+    panels: list[Draw] = []
+    if lines:
+        edges = [f["noise_edge"] for f in matrices if f.get("sigma")]
+        rank = recommended and recommended["rank"]
+        title = "Singular values of the change"
+        panels.append(partial(spectra, lines=lines, title=title, edges=edges))
+        title = "Energy of the change"
+        panels.append(partial(energy_curves, lines=lines, title=title, rank=rank))
+    if apart:
+        title = "Others" if mapped else "Tensors"
+        panels.append(partial(ranges, values=apart, title=title, label=_RELATIVE, percent=True))
     names = [PurePath(data[side]["name"]).name for side in ("finetuned", "base")]
-    with style():
-        figure = new_figure(_WIDTH, height, f"{names[0]} against {names[1]}: {_looks(data)}")
-        heights = [*((_MAP + _ROW * rows,) * len(maps)), *([_CURVES] * any(panels))]
-        if not heights:
-            heights = [_CURVES]
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for part, draw in zip(parts, maps, strict=False):
-            draw(part.subplots())
-        if any(panels):
-            axes = iter(parts[-1].subplots(1, sum(panels), squeeze=False)[0])
-            if lines:
-                edges = [f["noise_edge"] for f in matrices if f.get("sigma")]
-                spectra(next(axes), lines, "Singular values of the change", edges)
-                energy_curves(
-                    next(axes), lines, "Energy of the change against rank",
-                    recommended and recommended["rank"],
-                )  # fmt: skip
-            if apart:
-                ranges(next(axes), apart, "Other tensors", "||ΔW|| / ||W||", percent=True)
-        elif not maps:
-            parts[0].text(0.5, 0.5, "nothing differs", ha="center")
-        write_figure(figure, path)
-
-
-def _cells(matrices: list[Facts], value: Callable[[Facts], float | None]) -> list[Cell]:
-    return [Cell(facts["label"], facts["layer"], value(facts)) for facts in matrices]
+    heading = f"{names[0]} against {names[1]}: {_looks(data)}"
+    draw_panels(path, heading, maps, len({facts["label"] for facts in mapped}), panels)
 
 
 def _rank_cells(matrices: list[Facts]) -> list[Cell]:

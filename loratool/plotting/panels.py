@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Points of all lines of a panel together, and of each at least: SVG files stay small.
-_POINTS, _LEAST_POINTS = 2000, 12
+_POINTS, _LEAST_POINTS = 640, 9
 _DECADES = 1e4  # from the largest to the smallest singular value in the picture
 _SHOWN_LAYERS = 24  # numbers under a heat map; of more layers every other, fifth, tenth, ...
 
@@ -146,7 +147,7 @@ def spectra(axes: Axes, lines: Sequence[Line], title: str, edges: Sequence[float
     colours = _line_colours(axes, lines)
     each = max(_LEAST_POINTS, _POINTS // max(1, len(lines)))
     for line, colour in zip(lines, colours, strict=True):
-        places = _spaced(len(line.sigma), each)
+        places = sorted({*_spaced(len(line.sigma), each), *_drop(line.sigma)})
         axes.plot(
             [place + 1 for place in places],
             [line.sigma[place] for place in places],
@@ -189,6 +190,15 @@ def _noise(axes: Axes, edges: Sequence[float]) -> None:
     )  # fmt: skip
 
 
+def _drop(sigma: Sequence[float]) -> tuple[int, ...]:
+    """The two places between which the values fall most, before they vanish at the end."""
+    ratios = [one / other for one, other in pairwise(sigma[: len(sigma) // 2])]
+    if not ratios:
+        return ()
+    place = ratios.index(max(ratios))
+    return place, place + 1
+
+
 def _line_colours(axes: Axes, lines: Sequence[Line]) -> list[Any]:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -228,7 +238,7 @@ def energy_curves(axes: Axes, lines: Sequence[Line], title: str, rank: int | Non
         axes: where.
         lines: the matrices.
         title: what is shown.
-        rank: one to mark, with the energy of all matrices together.
+        rank: one to mark, with the energy that it keeps of all matrices together.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -258,12 +268,7 @@ def energy_curves(axes: Axes, lines: Sequence[Line], title: str, rank: int | Non
     if rank is not None and rank <= longest:
         kept = math.fsum(_at(_shares(line), rank) * line.total for line in lines if line.total)
         axes.axvline(rank, color=CATEGORIES[4], linewidth=1.2)
-        is_right = rank * rank > longest
-        axes.annotate(
-            f"rank {rank}: {kept / total:.0%}", (rank, 0.38), xytext=(-4 if is_right else 4, 0),
-            textcoords="offset points", ha="right" if is_right else "left", color=CATEGORIES[4],
-            fontsize=9,
-        )  # fmt: skip
+        title = f"{title}: rank {rank} keeps {kept / total:.0%}"
     axes.set_xlabel("rank of every matrix")
     axes.set_ylabel("energy kept")
     axes.set_title(title, loc="left")
@@ -319,6 +324,24 @@ def ranges(
     axes.set_title(title + (f" ({most} of {len(values)})" if len(values) > most else ""),
                    loc="left")  # fmt: skip
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def bars(axes: Axes, values: Mapping[str, float], title: str, label: str) -> None:
+    """One number of each kind of tensors, as a horizontal bar.
+
+    Args:
+        axes: where.
+        values: kind -> its number.
+        title: what is shown.
+        label: of the numbers.
+    """
+    names = list(values)
+    axes.barh(range(len(names)), [values[name] for name in names], color=CATEGORIES[0])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left")
     axes.tick_params(axis="y", length=0)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -13,18 +16,21 @@ from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.pairing import Change, Pair, Selection, pair_models
 from loratool.plugins import Operand, option
+from loratool.reports import listed
 from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
 )
-from loratool.updates import matrix_shape, swapped
+from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
+    from loratool.calibrated import Calibration
     from loratool.delta import DeltaReader
+    from loratool.representation import Advisor
 
 _DEFAULT_RANK = 16
 
@@ -53,6 +59,12 @@ class Extract:
         None, "type of the factors (default: bf16 for bf16 models, else fp32)",
         choices=tuple(FLOAT_NAMES),
     )  # fmt: skip
+    sparse: float | None = option(
+        None,
+        "keep this many of the largest entries that low rank leaves out of each matrix, or below "
+        "1 this share of its entries, in a file of their own",
+        metavar="K",
+    )
     lora_only: bool = option(
         False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
@@ -66,11 +78,35 @@ class Extract:
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
+    calibrate: str = option(
+        "", "fit the factors to the inputs in this file: texts, token ids or images "
+        "(--factorizer activation)", metavar="FILE",
+    )  # fmt: skip
+    calibrate_on: str = option(
+        "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
+    )
+    moments: str = option(
+        "full", "the whole second moment of each layer's inputs, or its diagonal",
+        choices=("full", "diagonal"),
+    )  # fmt: skip
+    calibration_samples: int = option(128, "use at most so many samples, the first ones")
+    calibration_length: int | None = option(
+        None, "cut samples to so many tokens (default: 512, or what the model takes)"
+    )
+    tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
 
     def __post_init__(self) -> None:
+        self._check_calibration()
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
-        plugins.create("adapter_formats", self.format)
+        writer = plugins.create("adapter_formats", self.format)
+        if self.sparse is not None:
+            _check_sparse(self.sparse)
+            if "sparse" not in writer.carries:
+                raise UsageError(
+                    f"--sparse: the format {self.format} has no place for single entries: extract "
+                    "without it, or leave --format out"
+                )
 
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
@@ -81,12 +117,15 @@ class Extract:
         """
         policy = rank_policy(self.rank, self.energy)
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
+        from loratool.representation import Advisor
 
-        reader = DeltaReader(factorizer, policy, self.seed)
-        low_rank, whole = _updates(pair, reader, policy, dtype)
+        reader, advisor = DeltaReader(factorizer, policy, self.seed), Advisor(self.seed)
+        calibration = self._calibration(base, finetuned, pair, dtype)
+        extraction = _Extraction(reader, policy, dtype, calibration, self.sparse, advisor)
+        low_rank, whole = _updates(pair, extraction)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
@@ -106,13 +145,52 @@ class Extract:
             moves=pair.alignment.moves,
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=(*pair.notes, *_table_notes(pair), *_rank_notes(pair, policy)),
+            notes=(
+                *pair.notes,
+                *_table_notes(pair),
+                *_rank_notes(pair, policy),
+                *(_sparse_notes(low_rank) if self.sparse is not None else ()),
+                *_notes_of(calibration),
+            ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base)),
-            facts=lambda: _facts(self, policy, pair, reader),
+            provenance=_provenance(pair, self._base_name(base), extraction),
+            facts=lambda: _facts(self, pair, extraction),
         )
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    @property
+    def _factorizer(self) -> str:
+        return "activation" if self.calibrate and self.factorizer == "krylov" else self.factorizer
+
+    def _check_calibration(self) -> None:
+        name = self._factorizer.partition(":")[0]
+        if name == "activation" and not self.calibrate:
+            raise UsageError(
+                "--factorizer activation fits to inputs: name them by --calibrate FILE"
+            )
+        if self.calibrate and name != "activation":
+            raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
+            raise UsageError("--calibration-samples and --calibration-length: at least 1")
+
+    def _calibration(
+        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
+    ) -> Calibration | None:
+        if not self.calibrate:
+            return None
+        from loratool.calibrated import Calibration, Plan
+        from loratool.calibration import Limits
+
+        plan = Plan(
+            Path(self.calibrate),
+            "base" if self.calibrate_on == "base" else "finetuned",
+            self.moments == "diagonal",
+            Limits(self.calibration_samples, self.calibration_length),
+            Path(self.tokenizer) if self.tokenizer else None,
+        )
+        changes = [(c, _dtype_of(c, dtype)) for c in pair.changes() if c.factored]
+        return Calibration(plan, base, finetuned, changes, self.architecture)
 
     def _selection(self) -> Selection:
         return Selection(
@@ -130,7 +208,44 @@ class Extract:
         return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
-def _provenance(pair: Pair, base_name: str) -> Provenance:
+@dataclass(frozen=True)
+class _Extraction:
+    """What every update is made with.
+
+    Attributes:
+        reader: reads and factorizes.
+        policy: how many singular values are kept.
+        dtype: safetensors name of the factors' type, or None for the usual one.
+        calibration: what factors are fitted to, or None.
+        sparse: how many entries are kept besides, or which share; None for none.
+        advisor: sees the factors of truncated SVDs.
+    """
+
+    reader: DeltaReader
+    policy: RankPolicy
+    dtype: str | None
+    calibration: Calibration | None
+    sparse: float | None
+    advisor: Advisor
+
+    def lines(self) -> tuple[str, ...]:
+        """For the report; no advice to those who follow it already."""
+        calibrated = () if self.calibration is None else self.calibration.lines()
+        return (*calibrated, *(self.advisor.lines() if self.sparse is None else ()))
+
+
+def _check_sparse(wanted: float) -> None:
+    if not (0 < wanted < 1 or (1 <= wanted < math.inf and wanted == int(wanted))):
+        raise UsageError(
+            f"--sparse {wanted:g}: give a number of entries, or a share between 0 and 1 of all"
+        )
+
+
+def _notes_of(calibration: Calibration | None) -> tuple[str, ...]:
+    return () if calibration is None else calibration.notes
+
+
+def _provenance(pair: Pair, base_name: str, extraction: _Extraction) -> Provenance:
     architecture = architecture_of(pair.config) or "AutoModel"
     base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
     return Provenance(
@@ -138,6 +253,7 @@ def _provenance(pair: Pair, base_name: str) -> Provenance:
         "Extracted",
         f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
         "adapter extracted by loratool.",
+        lines=extraction.lines,
     )
 
 
@@ -147,39 +263,62 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
 
 
 def _updates(
-    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    pair: Pair, extraction: _Extraction
 ) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
     for change in pair.changes():
         if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype)
+            low_rank[change.name] = _low_rank(change, extraction)
         else:
-            whole[change.name] = _replacement(change, reader)
+            whole[change.name] = _replacement(change, extraction.reader)
     return low_rank, whole
 
 
-def _low_rank(
-    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None
-) -> LazyUpdate:
+def _low_rank(change: Change, extraction: _Extraction) -> LazyUpdate:
     before, after = change.before, change.after
     assert before is not None  # of what is factored
     shape = swapped(after.shape) if change.transposed else after.shape
     experts = change.kind == "experts"
-    dtype = dtype or ("BF16" if before.dtype == "BF16" else "F32")
-    factorize = reader.factorize_experts if experts else reader.factorize
+    policy, reader = extraction.policy, extraction.reader
+    calibration, advisor = extraction.calibration, extraction.advisor
+    dtype = _dtype_of(change, extraction.dtype)
+    sparse = None if experts else extraction.sparse
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
+
+    def load() -> Update | None:
+        if experts:
+            return reader.factorize_experts(before, after, change.transposed, dtype)
+        found: LowRank | Sparse | None
+        if calibration is not None:
+            found = calibration.load(reader, change.name)
+        else:
+            found = reader.factorize(before, after, change.transposed, dtype)
+            advisor.see(change.name, found, before, after)
+        if sparse is not None:
+            from loratool.sparse import with_entries
+
+            found = with_entries(found, before, after, change.transposed, sparse, dtype)
+        return found
+
     return LazyUpdate(
         change.name,
-        "experts" if experts else "low_rank",
+        "experts" if experts else "sparse" if sparse is not None else "low_rank",
         shape,
         dtype,
-        lambda: factorize(before, after, change.transposed, dtype),
+        load,
         rank=policy.limit(matrix) if policy.rank else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
+        entries=0 if sparse is None else entries_of(sparse, after.numel),
     )
+
+
+def _dtype_of(change: Change, dtype: str | None) -> str:
+    """The type of a target's factors."""
+    bf16 = change.before is not None and change.before.dtype == "BF16"
+    return dtype or ("BF16" if bf16 else "F32")
 
 
 def _replacement(change: Change, reader: DeltaReader) -> LazyUpdate:
@@ -226,6 +365,13 @@ def _rank_notes(pair: Pair, policy: RankPolicy) -> list[str]:
     ]
 
 
+def _sparse_notes(low_rank: Mapping[str, LazyUpdate]) -> list[str]:
+    found = [name for name, update in low_rank.items() if update.kind == "experts"]
+    if not found:
+        return []
+    return [f"--sparse: {listed(found, 2)}: experts in one tensor get no single entries"]
+
+
 def _in_order(finetuned: Checkpoint, updates: dict[str, LazyUpdate]) -> dict[str, LazyUpdate]:
     return {name: updates[name] for name in finetuned if name in updates}
 
@@ -239,13 +385,22 @@ def _model_files(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -> dict[str, Any]:
+def _facts(
+    step: Extract,
+    pair: Pair,
+    extraction: _Extraction,
+) -> dict[str, Any]:
+    policy, reader = extraction.policy, extraction.reader
+    calibration = extraction.calibration
     return {
+        **({"calibration": calibration.facts()} if calibration is not None else {}),
+        **extraction.advisor.facts(),
         "options": {
             "rank": policy.rank,
             "energy": policy.energy,
-            "factorizer": step.factorizer,
+            "factorizer": step._factorizer,
             "seed": step.seed,
+            "sparse": step.sparse,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,
         },
