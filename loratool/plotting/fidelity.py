@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from loratool.plotting.canvas import CATEGORIES, GREY, SEQUENTIAL, new_figure, style, write_figure
+from loratool.plotting.canvas import CATEGORIES, GREY, SEQUENTIAL, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,9 @@ def draw_fidelity(data: Facts, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     has_logits = data["models"][0]["kl"] is not None
     inputs = data["inputs"]
     title = (
@@ -35,7 +38,9 @@ def draw_fidelity(data: Facts, path: Path) -> None:
         f"{inputs['samples']} samples, {data['positions']} positions"
     )
     with style():
-        figure = new_figure(_WIDTH, _HEIGHT, title)
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, fontsize=13, x=0.01, ha="left")
         above, below = figure.subfigures(2, 1, height_ratios=[1, 1.15], squeeze=False)[:, 0]
         left, right = above.subplots(1, 2)
         if has_logits:
