@@ -402,9 +402,11 @@ def _add(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_model_that_overflows_is_named(llama: Pair, ids: Path, tmp_path: Path) -> None:
-    b, a = factors(0, 48, 32, 2)
-    modules = [UP, UP.replace("up_proj", "gate_proj")]
-    wild = write_adapter(tmp_path / "wild", dict.fromkeys(modules, (1e18 * b, 1e18 * a)))
+    modules = {}
+    for seed, name in enumerate((UP, UP.replace("up_proj", "gate_proj"))):
+        b, a = factors(seed, 48, 32, 2)
+        modules[name] = (1e18 * b, 1e18 * a)
+    wild = write_adapter(tmp_path / "wild", modules)
     with pytest.raises(InputError, match="wild: gives NaN in logits"):
         loratool.compare(llama.base, llama.tuned, [(wild, 1.0)], inputs=ids)
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.plotting.canvas import CATEGORIES, GREY, SEQUENTIAL, style, write_figure
+from loratool.reports import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ def draw_fidelity(data: Facts, path: Path) -> None:
     inputs = data["inputs"]
     title = (
         f"{PurePath(data['base']).name} with adapters against {PurePath(data['finetuned']).name}: "
-        f"{inputs['samples']} samples, {data['positions']} positions"
+        f"{counted(inputs['samples'], 'sample')}, {counted(data['positions'], 'position')}"
     )
     with style():
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
@@ -97,8 +98,12 @@ def _over_ranks(
                 model[key], color=GREY, linewidth=1.2, linestyle=dashes, label=model["name"]
             )
     values = [m[key] for m in models if m["role"] != "finetuned" or m["dtype"] != "fp32"]
-    if is_log and min(values) > 0 and max(values) > 8 * min(values):
-        axes.set_yscale("log")
+    positive = [value for value in values if value > 0]
+    if is_log and positive and max(positive) > 8 * min(positive):
+        if len(positive) < len(values):  # an exact adapter is at 0, which no logarithm shows
+            axes.set_yscale("symlog", linthresh=min(positive))
+        else:
+            axes.set_yscale("log")
     if is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(top=1.005)
@@ -107,7 +112,7 @@ def _over_ranks(
     axes.set_ylabel(label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, loc="lower left" if is_log else "lower right")
+        axes.legend(frameon=False, loc="best")
 
 
 def _line(models: Sequence[Facts], name: str) -> list[Facts]:
