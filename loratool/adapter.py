@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
@@ -179,6 +180,27 @@ class Rereading:
     read: Callable[[FormatOptions], Adapter]
 
 
+class Gathered(Protocol):
+    """What updates need of one another, or have in common, and is computed before any of them."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it keeps on the disk at most until all updates are written."""
+        ...
+
+    def gather(
+        self, folder: Path | None, executor: Any, progress: Callable[[str, int], None]
+    ) -> None:
+        """Compute it, once.
+
+        Args:
+            folder: on whose disk it may keep things; None for the system's temporary files.
+            executor: an executor plugin, runs one task a tensor.
+            progress: is told each tensor's name and bytes as it is done.
+        """
+        ...
+
+
 _READ = Provenance("Writing", "Wrote", "An adapter written by loratool.")
 
 
@@ -219,6 +241,8 @@ class Adapter(Mapping[str, LazyUpdate]):
             it was read in.
         rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
+        gathered: what has to be computed before any update is; None where they are independent.
+        while_drained: what runs beside the draining, as a context.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, a directory or a file, or None if it was computed.
     """
@@ -246,7 +270,11 @@ class Adapter(Mapping[str, LazyUpdate]):
     base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     files: Mapping[str, Path] = field(default_factory=dict, repr=False)
     provenance: Provenance = _READ
+    gathered: Gathered | None = field(default=None, repr=False, compare=False)
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    while_drained: Callable[[], AbstractContextManager[None]] = field(
+        default=nullcontext, repr=False, compare=False
+    )
     format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None

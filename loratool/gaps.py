@@ -8,10 +8,12 @@ different, whatever the codes are.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _TYPES = (np.uint8, np.uint16)
 
@@ -25,6 +27,8 @@ def encoded(positions: torch.Tensor) -> torch.Tensor:
     Returns:
         (n,) uint8 or uint16, n >= k.
     """
+    import torch
+
     gaps = np.diff(positions.numpy(), prepend=-1) - 1
     kind = _best(gaps)
     skip = np.iinfo(kind).max
@@ -36,6 +40,8 @@ def encoded(positions: torch.Tensor) -> torch.Tensor:
 
 def decoded(codes: torch.Tensor) -> torch.Tensor:
     """The places that codes tell: (k,) int64, ascending, all different."""
+    import torch
+
     found = codes.numpy()
     skip = np.iinfo(found.dtype).max
     is_entry = found != skip

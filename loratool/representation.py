@@ -14,10 +14,9 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from loratool.checkpoint import LazyTensor
 from loratool.gaps import expected_bytes
@@ -25,6 +24,9 @@ from loratool.linalg import Certificate, named_generator, tiles
 from loratool.reports import format_bytes, format_share
 from loratool.tiling import difference
 from loratool.updates import LowRank, Sparse, matrix_shape
+
+if TYPE_CHECKING:
+    import torch
 
 SHARE = 0.9  # of the energy, which all forms are compared at
 
@@ -104,6 +106,8 @@ def spectrum_of(update: LowRank, certificate: Certificate | None = None) -> Spec
         certificate: theirs, if it is not the update's own.
     """
     found = certificate or update.certificate
+    import torch
+
     rows = torch.linalg.vector_norm(update.a.double(), dim=1)
     columns = torch.linalg.vector_norm(update.b.double(), dim=0)
     squares = (rows * columns * update.scale).square().tolist()
@@ -136,6 +140,8 @@ def sample_of(
         after: of the same shape.
         elements: about how many to look at; at least one row.
     """
+    import torch
+
     matrix = matrix_shape(before.shape)
     before, after = before.reshape(matrix), after.reshape(matrix)
     count = max(1, min(matrix[0], elements // max(1, matrix[1])))
@@ -161,6 +167,8 @@ def fourth_moment(before: torch.Tensor, after: torch.Tensor, generator: torch.Ge
 
     E ||D^T D z||^2 = tr((D^T D)^2) for random signs z (Hutchinson, 1990); one pass over the rows.
     """
+    import torch
+
     matrix = matrix_shape(before.shape)
     before, after = before.reshape(matrix), after.reshape(matrix)
     signs = torch.randint(0, 2, (matrix[1], _PROBES), generator=generator)

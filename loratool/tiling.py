@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def difference(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
@@ -13,6 +16,8 @@ def difference(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Non
         other: of the same shape.
         out: fp32, or fp64.
     """
+    import torch
+
     if torch.float64 in (one.dtype, other.dtype):
         out.copy_(one.double() - other.double())
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from loratool_plugins.adapter_formats import _ours, peft_config, peft_sparse
 from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats.peft_config import check_settings
 from loratool_plugins.adapter_formats.peft_files import WEIGHTS, open_weights
+from loratool_plugins.adapter_formats.peft_layout import plan_layout
 from loratool_plugins.adapter_formats.peft_reader import Reader
 from loratool_plugins.adapter_formats.peft_writer import CARRIES, refusals, spool_all
 from loratool_plugins.executors.serial import Serial
@@ -73,6 +74,11 @@ class Peft:
             FormatError: it is malformed, or of a kind that loratool cannot merge yet.
         """
         return _open(path, FormatOptions())
+
+    def whole_bytes(self, adapter: Adapter, targets: Sequence[str], kept: Sequence[str]) -> int:
+        """Bytes of tensors beside factors of `targets`: PEFT keeps modules whole."""
+        layout = plan_layout(adapter, dict.fromkeys(targets, 1), kept)
+        return sum(adapter.context[name].nbytes for name in layout.whole.values())
 
     def write(
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
