@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratool.api import (
+        compare,
         convert,
         diff,
         export,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoratoolError",
+    "compare",
     "convert",
     "diff",
     "export",

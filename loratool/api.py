@@ -24,6 +24,7 @@ from loratool.opening import open_adapter, open_any, open_checkpoint
 from loratool.reports import Report
 from loratool.requantizing import RequantizedCheckpoint
 from loratool.restoring import RestoredCheckpoint
+from loratool.steps.compare import Compare
 from loratool.steps.convert import Convert
 from loratool.steps.diff import Diff
 from loratool.steps.export import Export, LazyExport
@@ -502,6 +503,62 @@ def diff(
         factorizer, seed, all, plot,
     )  # fmt: skip
     return step.run(_checkpoint(base), _checkpoint(finetuned)).measure(Drain())
+
+
+def compare(
+    base: CheckpointLike,
+    finetuned: CheckpointLike,
+    adapters: Sequence[tuple[AdapterLike, float]],
+    *,
+    inputs: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    ranks: Sequence[int] | None = None,
+    architecture: str = "",
+    map: Sequence[str] = (),
+    device: str = "cpu",
+    plot: str | Path | None = None,
+) -> Report:
+    """How close adapters bring a base to a fine-tune, on inputs, computed now.
+
+    `data["models"]` has a model each: the base, rank 0, every adapter and what it is cut to, and
+    the fine-tune itself, with `kl`, `agreement`, `cosine`, `relative_error` and `layer_errors`.
+
+    Args:
+        base: the base model.
+        finetuned: the fine-tuned model, which all others are compared with.
+        adapters: (adapter, weight) pairs, each of which is compared by itself.
+        inputs: file of texts or token ids, or folder of images, to run the models on; needed.
+        tokenizer: directory of the tokenizer or image processor; None for the model's own.
+        samples: how many samples to use, at most.
+        length: tokens of each, at most; None for 512, or the model's positions if fewer.
+        ranks: compare every adapter cut to these ranks, too.
+        architecture: model class or type, where config.json does not say.
+        map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
+        device: where to compute: "cpu", "cuda", ...
+        plot: draw it, too, to this .svg or .png file, which is replaced.
+
+    Raises:
+        InputError: a model cannot be run, the inputs cannot be used, or the device or matplotlib
+            is absent.
+        MismatchError: an adapter does not fit the base, or cannot be cut.
+        OutputError: the picture cannot be written, or temporary files have no room.
+        UsageError: an option's value makes no sense.
+    """
+    step = Compare(
+        None if inputs is None else str(inputs),
+        None if tokenizer is None else str(tokenizer),
+        samples,
+        length,
+        None if ranks is None else ",".join(str(rank) for rank in ranks),
+        architecture,
+        tuple(map),
+        device,
+        None if plot is None else str(plot),
+    )
+    opened = _checkpoint(base), _checkpoint(finetuned)
+    return step.run(*opened, _weighted(adapters)).measure(Drain())
 
 
 def stack(

@@ -46,10 +46,12 @@ class Limits:
     Attributes:
         samples: at most so many, the first ones.
         length: tokens of each, at most; None for 512, or the model's limit if that is less.
+        option: what sets the length on the command line.
     """
 
     samples: int = DEFAULT_SAMPLES
     length: int | None = None
+    option: str = "--calibration-length"
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -182,7 +184,7 @@ def read_inputs(
     if texts:
         rows = _tokenized(texts, path, owners, tokenizer)
     else:
-        _check_ids(rows, path, model, longest if limits.length is None else None)
+        _check_ids(rows, path, model, longest if limits.length is None else None, limits.option)
     long = sum(len(row.ids) > length for row in rows)
     if long:
         notes.append(f"{path}: {counted(long, 'sample')} cut to {length} tokens")
@@ -211,7 +213,9 @@ def _main_input(model: Model) -> str:
     return str(getattr(model.shell.model, "main_input_name", "input_ids"))
 
 
-def _check_ids(rows: Sequence[Row], path: Path, model: Model, longest: int | None) -> None:
+def _check_ids(
+    rows: Sequence[Row], path: Path, model: Model, longest: int | None, option: str
+) -> None:
     table: Any = model.shell.model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = int(table.weight.shape[0])
     kinds = int(getattr(model.config, "type_vocab_size", 0) or 0)
@@ -225,7 +229,7 @@ def _check_ids(rows: Sequence[Row], path: Path, model: Model, longest: int | Non
         if longest and len(row.ids) > longest:
             raise InputError(
                 f"{path}: sample {number}: has {len(row.ids)} tokens, but {model.label} has only "
-                f"{longest} positions; cut the samples (--calibration-length {longest})"
+                f"{longest} positions; cut the samples ({option} {longest})"
             )
         if row.segments and not all(0 <= kind < max(1, kinds) for kind in row.segments):
             raise InputError(

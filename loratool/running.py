@@ -100,6 +100,18 @@ class Watch:
                 than needed: they are the memory that the pass takes.
         """
 
+    def left(
+        self, batch: int, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any
+    ) -> None:
+        """A module, with or without parameters of its own, has done its work.
+
+        Args:
+            batch: the batch's number.
+            module: itself.
+            inputs: as in `called`.
+            output: what it returns. Do not change or keep it, either.
+        """
+
     def passed(self, module: str) -> None:
         """A module's weights are dropped.
 
@@ -413,7 +425,7 @@ class _Pass:
                     self._undo.append(_restorer(module._buffers, leaf))
                     module._buffers[leaf] = buffer.to(self._device)
             entered = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            left = module.register_forward_hook(self._leave, always_call=True)
+            left = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
             self._undo += [entered.remove, left.remove]
 
     def _forward(self, batch: Mapping[str, Any]) -> Outputs:
@@ -442,10 +454,12 @@ class _Pass:
             lane.need(owner)
             self._watch.called(lane.number, owner.name, (*args, *kwargs.values()))
 
-    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         lane = threading.current_thread()
         assert isinstance(lane, _Lane)
         lane.leave()
+        if output is not None:  # it is when the module fails
+            self._watch.left(lane.number, module, (*args, *kwargs.values()), output)
 
     def _load(self, owner: _Owner) -> None:
         size = 0

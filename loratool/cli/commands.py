@@ -302,7 +302,7 @@ def _measure(result: Any, values: Mapping[str, Any], bar: ProgressBar) -> Report
     for note in result.notes:
         print_error(note, "Note")
     report: Report = result.measure(
-        Drain(values["executor"], start=bar.start, progress=bar.advance)
+        Drain(values.get("executor", "serial"), start=bar.start, progress=bar.advance)
     )
     return report
 
