@@ -13,12 +13,12 @@ from loratool.delta import DeltaReader, Sample
 from loratool.linalg import RankPolicy
 from loratool.pairing import Change, Pair
 from loratool.reports import counted, listed
-from loratool.representation import Advisor
 from loratool.suspicion import Suspicion, is_recovered, suspicion_facts, suspicion_lines
 from loratool.updates import LowRank, Sparse, Update, entries_of, matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.calibrated import Calibration
+    from loratool.representation import Advisor
 
 Updates = dict[str, LazyUpdate]
 

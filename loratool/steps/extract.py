@@ -27,7 +27,6 @@ from loratool.linalg import Factorizer, FormedFactorizer
 from loratool.pairing import Pair, Selection, pair_models
 from loratool.plugins import Operand, option
 from loratool.rank_options import RankOptions
-from loratool.representation import Advisor
 from loratool.respelling import named_for
 from loratool.skeleton import architecture_of
 
@@ -167,6 +166,8 @@ class Extract:
         options: RankOptions,
         factorizer: Factorizer,
     ) -> Extraction:
+        from loratool.representation import Advisor
+
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         ahead = DigestsAhead(pair.tensors())
         is_precise = dtype is None and getattr(factorizer, "is_precise", False)
