@@ -208,7 +208,7 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes, strict: bool =
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise InputError(f"config.json: transformers has no class {architecture!r}")
-    known = _without_tags(config)
+    known = without_tags(config)
     settings = {k: v for k, v in known.items() if k not in ("model_type", "transformers_version")}
     with torch.device("meta"):
         model = cls(transformers.AutoConfig.for_model(config["model_type"], **settings))
@@ -242,15 +242,15 @@ def _from_transformers(config: Mapping[str, Any], shapes: Shapes, strict: bool =
     )
 
 
-def _without_tags(value: Any) -> Any:
+def without_tags(value: Any) -> Any:
     """A config's values; transformers writes an infinity as {"__float__": "Infinity"}."""
     if isinstance(value, list):
-        return [_without_tags(item) for item in value]
+        return [without_tags(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     if set(value) == {"__float__"}:
         return float(value["__float__"])
-    return {key: _without_tags(item) for key, item in value.items()}
+    return {key: without_tags(item) for key, item in value.items()}
 
 
 def _kind(name: str, parameter: Any, module: Any) -> Kind:

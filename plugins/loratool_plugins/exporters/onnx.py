@@ -21,12 +21,14 @@ from loratool.errors import InputError, Problem, UsageError, raise_problems
 from loratool.json_files import MANIFEST, manifest
 from loratool.plugins import option
 from loratool.reports import Report
+from loratool.shell import Shell, build_shell, load_class
+from loratool.sources import Sources, resolve
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters import onnx_report as report
 from loratool_plugins.exporters.onnx_graph import compare_nodes, describe_nodes, trace
-from loratool_plugins.exporters.onnx_shell import Shell, build_shell, input_names, load_class
+from loratool_plugins.exporters.onnx_inputs import input_names
 from loratool_plugins.exporters.onnx_verify import Tolerance, open_session, verify
-from loratool_plugins.exporters.onnx_weights import Sources, Written, resolve, write_weights
+from loratool_plugins.exporters.onnx_weights import Written, write_weights
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "Onnx", "open_session"]
 

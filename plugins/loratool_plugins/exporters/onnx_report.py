@@ -14,8 +14,9 @@ from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
 from loratool.reports import format_bytes
+from loratool.sources import Sources
 from loratool_plugins.exporters.onnx_verify import Comparison, Tolerance
-from loratool_plugins.exporters.onnx_weights import Sources, Written
+from loratool_plugins.exporters.onnx_weights import Written
 
 _PACKAGES = ("transformers", "onnx", "onnx-ir", "onnxscript")
 

@@ -14,9 +14,10 @@ import torch
 from loratool.checkpoint import Checkpoint
 from loratool.engine import single_threaded_tasks
 from loratool.errors import VerificationError
-from loratool_plugins.exporters._quiet import quiet, shorten
+from loratool.quiet import quiet, shorten
+from loratool.shell import load_class
 from loratool_plugins.exporters.onnx_graph import AXES
-from loratool_plugins.exporters.onnx_shell import Feeds, load_class, sample_inputs
+from loratool_plugins.exporters.onnx_inputs import Feeds, sample_inputs
 from loratool_plugins.exporters.onnx_weights import Written
 
 # (batch, sequence) of the inputs that are compared; neither is the traced one.

@@ -18,10 +18,11 @@ from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import dtype_name
 from loratool.errors import InputError, UsageError, VerificationError
 from loratool.reports import Report
+from loratool.shell import build_shell
+from loratool.sources import resolve
 from loratool_plugins.exporters.onnx import DATA_FILE, MODEL_FILE, Onnx, open_session
-from loratool_plugins.exporters.onnx_shell import build_shell
 from loratool_plugins.exporters.onnx_verify import Tolerance, verify
-from loratool_plugins.exporters.onnx_weights import Written, resolve
+from loratool_plugins.exporters.onnx_weights import Written
 
 VOCABULARY = 40
 _SIZES = {

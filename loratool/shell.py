@@ -1,4 +1,4 @@
-"""A model class built from its config.json, without weights, and inputs to run it on."""
+"""A model class of transformers, built from its config.json without weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loratool.errors import InputError
-from loratool_plugins.exporters._quiet import quiet, shorten
-
-Feeds = dict[str, torch.Tensor]
+from loratool.quiet import quiet, shorten
+from loratool.skeleton import without_tags
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Shell:
 def load_class(content: Mapping[str, Any]) -> tuple[Any, Any]:
     """The transformers class that a config.json names first, and its config object.
 
-    Caches, attentions and hidden states are turned off: an exported model returns its results only.
+    Caches, attentions and hidden states are turned off: the model returns its results only.
 
     Raises:
         InputError: transformers has no such class, it does not fit the config, or the config's
@@ -49,18 +48,18 @@ def load_class(content: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     names, model_type = content.get("architectures"), content.get("model_type")
     if not (isinstance(names, list) and names and model_type):
-        raise InputError("config.json: must name model_type and architectures to be exported")
+        raise InputError("config.json: must name model_type and architectures")
     cls: Any = getattr(transformers, str(names[0]), None)
     if not _is_model_class(cls):
         raise InputError(
             f"config.json: transformers {transformers.__version__} has no model class "
-            f"{names[0]!r}; models that bring their own code cannot be exported"
+            f"{names[0]!r}; models that bring their own code are not supported"
         )
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"config.json: transformers knows no model_type {model_type!r}")
     try:
         with quiet():
-            config = CONFIG_MAPPING[model_type].from_dict(dict(content))
+            config = CONFIG_MAPPING[model_type].from_dict(without_tags(content))
     except Exception as error:
         raise InputError(f"config.json: refused by transformers: {shorten(error)}") from error
     if not isinstance(config, cls.config_class):
@@ -76,8 +75,15 @@ def _is_model_class(found: Any) -> bool:
     return known and found.config_class is not None
 
 
-def build_shell(content: Mapping[str, Any], dtype: torch.dtype) -> Shell:
+def build_shell(
+    content: Mapping[str, Any], dtype: torch.dtype, attention: str | None = None
+) -> Shell:
     """Build the class that a config.json names, without weights.
+
+    Args:
+        content: the parsed config.json.
+        dtype: of the parameters, and of what the model computes in.
+        attention: "eager" or "sdpa"; None for transformers' choice.
 
     Raises:
         InputError: transformers cannot build it.
@@ -88,6 +94,8 @@ def build_shell(content: Mapping[str, Any], dtype: torch.dtype) -> Shell:
         torch.set_default_dtype(dtype)
         with quiet(), no_init_weights(), _parameters_on_meta():
             config.dtype = dtype
+            if attention is not None:
+                config._attn_implementation = attention
             model = cls(config).eval()
         model.tie_weights()
     except Exception as error:
@@ -152,39 +160,3 @@ def position_limit(config: Any) -> int | None:
     """The longest sequence that a model takes, or None if there is no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def input_names(cls: Any, config: Any) -> tuple[str, ...]:
-    """The inputs of the exported model.
-
-    token_type_ids is one where the model tells segments apart: without it, pairs of texts would
-    be read as one.
-    """
-    accepted = inspect.signature(cls.forward).parameters
-    names = ["input_ids", "attention_mask"]
-    if (getattr(config, "type_vocab_size", 0) or 0) > 1:
-        names.append("token_type_ids")
-    return tuple(name for name in names if name in accepted)
-
-
-def sample_inputs(cls: Any, config: Any, batch: int, sequence: int, seed: int = 0) -> Feeds:
-    """Random inputs, each int64 (batch, sequence), with padding on the right of all rows but one.
-
-    Sequences are kept within half of the model's limit: some models count positions from an offset.
-    """
-    text = config.get_text_config()
-    limit = position_limit(config)
-    sequence = min(sequence, max(1, limit // 2)) if limit else sequence
-    generator = torch.Generator().manual_seed(seed)
-    pad = getattr(text, "pad_token_id", None)
-    pad = pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else 0
-    ids = torch.randint(0, text.vocab_size, (batch, sequence), generator=generator)
-    ids[ids == pad] = (pad + 1) % text.vocab_size
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, max(1, sequence - 2 * row) :] = 0
-    ids[mask == 0] = pad
-    segments = torch.zeros_like(ids)
-    segments[:, sequence // 2 :] = 1
-    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
-    return {name: made[name] for name in input_names(cls, config)}
