@@ -8,7 +8,7 @@ business of `loratool.binding`. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ class Provenance:
     lost: Callable[[], float] = float
 
 
+# Begins work of so many steps; what it returns is told of each.
+Counter = Callable[[str, int], Callable[[str], None]]
+# Runs independent tasks and gives their results in order.
+Mapper = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+
+
 @dataclass(frozen=True)
 class FormatOptions:
     """What a person, or the base, tells of an adapter where its own files are silent.
@@ -207,6 +213,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         provenance: how it was made.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, a directory or a file, or None if it was computed.
+        prepare: does what all updates need together, so that its progress can be shown; None if
+            there is nothing of the kind. The first update that is loaded does it otherwise.
     """
 
     updates: Mapping[str, LazyUpdate]
@@ -236,6 +244,9 @@ class Adapter(Mapping[str, LazyUpdate]):
     format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None
+    prepare: Callable[[Mapper, Counter], None] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def __getitem__(self, name: str) -> LazyUpdate:
         return self.updates[name]

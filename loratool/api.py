@@ -111,6 +111,14 @@ def extract(
     architecture: str = "",
     base_name: str = "",
     format: str = "peft",
+    calibrate: str = "",
+    calibration_samples: int = 128,
+    calibration_length: int | None = None,
+    tokenizer: str = "",
+    refine: int | None = None,
+    refine_loss: str | None = None,
+    refine_rate: float = 0.01,
+    refine_penalty: float = 0.0,
 ) -> LazyAdapter:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
@@ -130,6 +138,14 @@ def extract(
         architecture: model class or type, where config.json does not say.
         base_name: the base's Hub id.
         format: the adapter format to write.
+        calibrate: a file of texts or token ids, or a folder of images, to run the models on.
+        calibration_samples: use at most so many of them, the first ones.
+        calibration_length: cut them to so many tokens; None for 512, or the model's limit.
+        tokenizer: the directory of a tokenizer for them; "" for the model's own.
+        refine: train the factors by so many steps to answer as the fine-tune; None for not at all.
+        refine_loss: "kl" or "mse"; None for "kl" where there are logits of classes.
+        refine_rate: learning rate, as a share of each factor's root mean square.
+        refine_penalty: weight of the distance from the extracted factors.
 
     Raises:
         InputError: a checkpoint cannot be read.
@@ -138,7 +154,9 @@ def extract(
     """
     step = Extract(
         rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format,
+        embeddings, tuple(map), architecture, base_name, format, str(calibrate),
+        calibration_samples, calibration_length, tokenizer, refine, refine_loss, refine_rate,
+        refine_penalty,
     )  # fmt: skip
     return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
 

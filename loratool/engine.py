@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate
+from loratool.adapter import Adapter, Counter, LazyUpdate
 from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.digests import file_digest
@@ -35,6 +35,11 @@ def no_progress(name: str, size: int) -> None:
     """Tell nobody."""
 
 
+def no_count(what: str, total: int) -> Callable[[str], None]:
+    """Tell nobody of steps."""
+    return lambda text: None
+
+
 @dataclass(frozen=True)
 class Drain:
     """How a lazy result is drained.
@@ -44,12 +49,14 @@ class Drain:
         overwrite: whether a non-empty output directory may be replaced.
         start: is told what is about to be done and how many bytes it reads or writes.
         progress: is told each tensor's name and bytes as it is done.
+        count: begins work that is counted in steps, not bytes; what it returns is told of each.
     """
 
     executor: str = "threads"
     overwrite: bool = False
     start: Callable[[str, int], None] = no_progress
     progress: Progress = no_progress
+    count: Counter = no_count
 
 
 @contextmanager
@@ -91,6 +98,8 @@ def save_adapter(
     outcome = Outcome(adapter)
     updates = [*adapter.values(), *adapter.left_out.values()]
     with atomic_directory(target, drain.overwrite, _needed_bytes(adapter)) as folder:
+        if adapter.prepare is not None:
+            adapter.prepare(executor.map, drain.count)
         drain.start(adapter.provenance.doing, sum(update.nbytes for update in updates))
         with single_threaded_tasks():
             results = outcome.watch(_compute(list(adapter.values()), executor, drain))

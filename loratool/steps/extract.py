@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
@@ -13,7 +14,7 @@ from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.pairing import Change, Pair, Selection, pair_models
 from loratool.plugins import Operand, option
@@ -21,6 +22,7 @@ from loratool.respelling import named_for
 from loratool.skeleton import (
     architecture_of,
 )
+from loratool.training import DEFAULT_RATE, MEASURES, Training
 from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
@@ -66,11 +68,35 @@ class Extract:
     architecture: str = option("", "model class or type, where config.json does not say")
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
+    calibrate: str = option(
+        "", "texts, token ids or images that the models are run on", metavar="FILE"
+    )
+    calibration_samples: int = option(128, "use at most so many samples, the first ones")
+    calibration_length: int | None = option(
+        None, "cut samples to so many tokens (default: 512, or the model's limit)"
+    )
+    tokenizer: str = option("", "tokenizer's directory (default: the model's own)", metavar="DIR")
+    refine: int | None = option(
+        None, "train the factors by so many steps to answer --calibrate's inputs as the fine-tune",
+        metavar="STEPS",
+    )  # fmt: skip
+    refine_loss: str | None = option(
+        None, "what is made small: KL divergence of logits, or mean squared error of logits or, "
+        "without any, of hidden states (default: kl where there are logits of classes)",
+        choices=MEASURES,
+    )  # fmt: skip
+    refine_rate: float = option(
+        DEFAULT_RATE, "learning rate, as a share of each factor's root mean square"
+    )
+    refine_penalty: float = option(
+        0.0, "weight of ||BA - B0A0||^2 / ||B0A0||^2, the distance from the extracted factors"
+    )
 
     def __post_init__(self) -> None:
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
         plugins.create("adapter_formats", self.format)
+        self._training()
 
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
@@ -111,8 +137,47 @@ class Extract:
             provenance=_provenance(pair, self._base_name(base)),
             facts=lambda: _facts(self, policy, pair, reader),
         )
+        if training := self._training():
+            adapter = self._refined(adapter, training, pair, base, finetuned)
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    def _training(self) -> Training | None:
+        """What --refine and its companions mean together."""
+        if self.refine is None:
+            if (self.refine_loss, self.refine_rate, self.refine_penalty) != (None, DEFAULT_RATE, 0):
+                raise UsageError("--refine-loss, -rate and -penalty are about --refine STEPS")
+            return None
+        if not self.calibrate:
+            raise UsageError("--refine needs inputs to run the models on: --calibrate FILE")
+        return Training(
+            self.refine, self.refine_loss, self.refine_rate, self.refine_penalty, self.seed
+        )
+
+    def _refined(
+        self,
+        adapter: Adapter,
+        training: Training,
+        pair: Pair,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+    ) -> Adapter:
+        from loratool.calibration import Limits, read_inputs
+        from loratool.refinement import refined
+        from loratool.running import open_model
+        from loratool.steps.merge import Merge
+
+        tuned = finetuned.with_config(pair.config) if pair.config else finetuned
+        teacher = open_model(tuned, architecture=self.architecture)
+        file, folder = Path(self.calibrate), Path(self.tokenizer) if self.tokenizer else None
+        limits = Limits(self.calibration_samples, self.calibration_length)
+        inputs = read_inputs(file, teacher, limits, (finetuned, base), folder)
+        merge = Merge(architecture=self.architecture)
+
+        def merged(part: Adapter) -> Checkpoint:
+            return merge.merged(base, [(part, 1.0)])
+
+        return refined(adapter, pair.changes(), teacher, inputs, file, merged, training)
 
     def _selection(self) -> Selection:
         return Selection(
