@@ -117,7 +117,7 @@ def extract(
     tokenizer: str = "",
     refine: int | None = None,
     refine_loss: str | None = None,
-    refine_rate: float = 0.01,
+    refine_rate: float = 0.03,
     refine_penalty: float = 0.0,
 ) -> LazyAdapter:
     """The difference of two checkpoints as a LoRA adapter, lazily.

@@ -35,7 +35,7 @@ from loratool.updates import LowRank
 
 _EVALUATIONS = 20  # over all steps
 _PATIENCE = 5  # evaluations without a better one before it stops
-_WARM_UP = 0.05  # share of the steps
+_WARM_UP = 0.1  # share of the steps
 # Above this many bytes of weights, layers are computed again for their gradients: activations of
 # one layer are then in memory instead of all layers', for a third more time.
 _RECOMPUTE = 1 << 30
@@ -250,7 +250,7 @@ def _add(model: torch.nn.Module, name: str, update: LowRank) -> None:
     delta = update.scale * (update.b.float() @ update.a.float())
     weight = module.get_parameter(leaf)
     with torch.no_grad():
-        weight += delta.T if _is_stored_transposed(module) else delta
+        weight.add_(delta.T if _is_stored_transposed(module) else delta)
 
 
 def _is_stored_transposed(module: torch.nn.Module) -> bool:

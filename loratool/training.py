@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loratool.errors import UsageError
 
-DEFAULT_RATE = 0.01
+DEFAULT_RATE = 0.03
 MEASURES = ("kl", "mse")
 
 
