@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.api import (
         convert,
+        diff,
         export,
         extract,
         inspect,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoratoolError",
     "convert",
+    "diff",
     "export",
     "extract",
     "inspect",

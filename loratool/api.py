@@ -24,6 +24,7 @@ from loratool.reports import Report
 from loratool.requantizing import RequantizedCheckpoint
 from loratool.restoring import RestoredCheckpoint
 from loratool.steps.convert import Convert
+from loratool.steps.diff import Diff
 from loratool.steps.export import Export, LazyExport
 from loratool.steps.extract import Extract
 from loratool.steps.inspect import Inspect
@@ -112,6 +113,8 @@ def extract(
     base_name: str = "",
     format: str = "peft",
     calibrate: str = "",
+    calibrate_on: str = "finetuned",
+    moments: str = "full",
     calibration_samples: int = 128,
     calibration_length: int | None = None,
     tokenizer: str = "",
@@ -129,7 +132,7 @@ def extract(
         energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
-        factorizer: "krylov" or "exact", or another plugin's name, with options.
+        factorizer: "krylov", "exact" or "activation", or another plugin's name, with options.
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
         lora_only: leave out what is not a low-rank update.
@@ -138,10 +141,13 @@ def extract(
         architecture: model class or type, where config.json does not say.
         base_name: the base's Hub id.
         format: the adapter format to write.
-        calibrate: a file of texts or token ids, or a folder of images, to run the models on.
-        calibration_samples: use at most so many of them, the first ones.
-        calibration_length: cut them to so many tokens; None for 512, or the model's limit.
-        tokenizer: the directory of a tokenizer for them; "" for the model's own.
+        calibrate: a file of texts, token ids or images, or a folder of images: the error of the
+            layers' outputs for these is made small, not that of the weights.
+        calibrate_on: "finetuned" or "base": which model they are run through.
+        moments: "full" second moments of each layer's inputs, or their "diagonal".
+        calibration_samples: how many of them are used at most.
+        calibration_length: how many tokens of each; None for 512, or what the model takes.
+        tokenizer: a directory with the tokenizer, if it is not the model's own.
         refine: train the factors by so many steps to answer as the fine-tune; None for not at all.
         refine_loss: "kl" or "mse"; None for "kl" where there are logits of classes.
         refine_rate: learning rate, as a share of each factor's root mean square.
@@ -154,7 +160,7 @@ def extract(
     """
     step = Extract(
         rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format, str(calibrate),
+        embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on, moments,
         calibration_samples, calibration_length, tokenizer, refine, refine_loss, refine_rate,
         refine_penalty,
     )  # fmt: skip
@@ -391,20 +397,76 @@ def convert(
     return _as(LazyAdapter, step.run(_adapter(adapter), opened))
 
 
-def inspect(ref: AdapterLike | Checkpoint, *, deep: bool = False, all: bool = False) -> Report:
+def inspect(
+    ref: AdapterLike | Checkpoint,
+    *,
+    deep: bool = False,
+    all: bool = False,
+    plot: str | None = None,
+) -> Report:
     """What an adapter or a checkpoint is made of; `data` is always complete.
 
     Args:
         ref: the adapter or checkpoint.
         deep: read a checkpoint's values, too: norms and digests.
         all: list every module in the report's table, not only the largest.
+        plot: draw it, too, to this .svg or .png file, which is replaced; a checkpoint: with `deep`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or matplotlib is missing.
         FormatError: no format recognises it.
+        OutputError: the picture cannot be written.
+        UsageError: a picture of a checkpoint without `deep`, or with another suffix.
     """
     opened = ref if isinstance(ref, Adapter | Checkpoint) else open_any(ref)
-    return Inspect(deep, all).run(opened)
+    return Inspect(deep, all, plot).run(opened)
+
+
+def diff(
+    base: CheckpointLike,
+    finetuned: CheckpointLike,
+    *,
+    max_rank: int = 128,
+    quick: bool = False,
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: str = "whole",
+    map: Sequence[str] = (),
+    architecture: str = "",
+    factorizer: str = "krylov",
+    seed: int = 0,
+    all: bool = False,
+    plot: str | None = None,
+) -> Report:
+    """What a fine-tune changed, read now; `data` has every tensor's numbers.
+
+    Args:
+        base: the base model.
+        finetuned: the fine-tuned model.
+        max_rank: how many singular values of each matrix to find.
+        quick: no singular values: norms and counts only.
+        target: only tensors whose name matches one of these globs.
+        exclude: no tensor whose name matches one of these globs.
+        embeddings: "lowrank" to find those of changed embeddings, too.
+        map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
+        architecture: model class or type, where config.json does not say.
+        factorizer: "krylov" or "exact", or another plugin's name, with options.
+        seed: of the factorizer's random start.
+        all: list every tensor in the report's table, not kinds of them.
+        plot: draw it, too, to this .svg or .png file, which is replaced.
+
+    Raises:
+        InputError: a checkpoint cannot be read, a tensor holds NaN or Inf, or matplotlib is
+            missing.
+        MismatchError: the two do not belong together.
+        OutputError: the picture cannot be written.
+        UsageError: an option's value makes no sense.
+    """
+    step = Diff(
+        max_rank, quick, tuple(target), tuple(exclude), embeddings, tuple(map), architecture,
+        factorizer, seed, all, plot,
+    )  # fmt: skip
+    return step.run(_checkpoint(base), _checkpoint(finetuned)).measure(Drain())
 
 
 def stack(

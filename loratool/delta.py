@@ -21,6 +21,7 @@ from loratool.linalg import (
     Factorization,
     Factorizer,
     RankPolicy,
+    SecondMoment,
     Workspace,
     is_finite,
     named_generator,
@@ -61,7 +62,12 @@ class DeltaReader:
         return [names for names in groups.values() if len(names) > 1]
 
     def factorize(
-        self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        dtype: str,
+        moment: SecondMoment | None = None,
     ) -> LowRank | None:
         """Factorize tuned - base, or None if they are equal, be it in different types.
 
@@ -71,6 +77,7 @@ class DeltaReader:
             tuned: of the same shape.
             transposed: whether both are stored as (in, out).
             dtype: the factors' safetensors dtype.
+            moment: of the matrix's inputs, for factorizers that use it.
 
         Raises:
             InputError: NaN or Inf in either, named.
@@ -79,7 +86,9 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         try:
-            found = self._factors(tuned.name, base.read(), tuned.read(), transposed, generator)
+            found = self._factors(
+                tuned.name, base.read(), tuned.read(), transposed, generator, moment
+            )
         except InputError as error:
             raise _name_culprit(base, tuned, error) from error
         if base.dtype != tuned.dtype and found.certificate.total == 0:
@@ -109,7 +118,7 @@ class DeltaReader:
             return None
         generator = named_generator(self._seed, tuned.name)
         experts: list[LowRank] = []
-        for before, after in zip(_matrices(base), _matrices(tuned), strict=True):
+        for before, after in zip(matrices_of(base), matrices_of(tuned), strict=True):
             try:
                 found = self._factors(tuned.name, before, after, transposed, generator)
             except InputError as error:
@@ -131,8 +140,9 @@ class DeltaReader:
         after: torch.Tensor,
         transposed: bool,
         generator: torch.Generator,
+        moment: SecondMoment | None = None,
     ) -> Factorization:
-        context = Context(name, before.flatten(1), after.flatten(1), transposed)
+        context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
         delta = self._delta(context.before, context.after)
         factorize_in = getattr(self._factorizer, "factorize_in", None)
         if factorize_in is None:
@@ -180,7 +190,7 @@ class DeltaReader:
         return delta
 
 
-def _matrices(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     """The matrices of a tensor (E, rows, columns), one after the other."""
     for block in tensor.blocks():
         if block.shape[1:] != tensor.shape[1:]:  # no whole matrices
@@ -201,7 +211,7 @@ def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None
 def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     """||before||_F and ||after - before||_F, accumulated in fp64 tile by tile."""
     norm = change = 0.0
-    for one, other in _block_pairs(before, after):
+    for one, other in block_pairs(before, after):
         for part in tiles(one):
             old, new = one[part].double(), other[part].double()
             norm += float(old.square().sum())
@@ -209,7 +219,7 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
     return math.sqrt(norm), math.sqrt(change)
 
 
-def _block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
     blocks = other.blocks()
     waiting = torch.empty(0)

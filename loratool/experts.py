@@ -58,4 +58,4 @@ def together(certificates: Sequence[Certificate], rank: int) -> Certificate:
     }
     methods = sorted({found.method for found in certificates})
     steps = max(found.steps for found in certificates)
-    return Certificate(rank=rank, method=" ".join(methods), steps=steps, **sums)
+    return Certificate(rank, method=" ".join(methods), steps=steps, **sums)  # type: ignore[arg-type]

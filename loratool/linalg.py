@@ -93,6 +93,34 @@ class RankPolicy:
 
 
 @dataclass(frozen=True)
+class SecondMoment:
+    """What a matrix is given: C = E[x x^T], so that E ||D x||^2 = ||D C^(1/2)||_F^2.
+
+    Attributes:
+        values: (in, in), fp64, symmetric and positive semidefinite; or (in,), its diagonal.
+        count: how many vectors it is the mean of.
+    """
+
+    values: torch.Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Energies in the metric of a second moment C: of D C^(1/2) instead of D.
+
+    Attributes:
+        total: ||D C^(1/2)||_F^2, the mean squared change of the outputs.
+        captured: the part of it that the factors capture.
+        plain: the part that the truncated SVD of the same rank captures.
+    """
+
+    total: float
+    captured: float
+    plain: float
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What a factorization says of its own error.
 
@@ -104,6 +132,7 @@ class Certificate:
         optimum_bound: an upper bound of the energy that *any* matrix of this rank captures.
         method: the numeric path taken ("krylov", "gram", ...) for the manifest.
         steps: block steps taken, 0 where that means nothing.
+        weighted: the same in the metric of the data, where the factors were made for that.
     """
 
     rank: int
@@ -113,6 +142,7 @@ class Certificate:
     optimum_bound: float = 0.0
     method: str = ""
     steps: int = 0
+    weighted: Weighted | None = None
 
     @property
     def energy(self) -> float:
@@ -154,12 +184,14 @@ class Context:
         before: (out, in), the base's values in their own dtype, lying as the delta does.
         after: the fine-tune's, likewise.
         transposed: whether the delta lies as (in, out), so that its inputs are along axis 0.
+        moment: of its inputs, where it was collected.
     """
 
     name: str
     before: torch.Tensor
     after: torch.Tensor
     transposed: bool
+    moment: SecondMoment | None = None
 
 
 class Factorizer(Protocol):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
-from loratool.linalg import Certificate
+from loratool.linalg import Certificate, Weighted
 from loratool.reports import Report, Table, format_bytes, format_share
 from loratool.updates import KIND_NAMES, Experts, Kind, LowRank, Replacement, Update, counted_kind
 
@@ -76,6 +76,10 @@ class Outcome:
         total = sum(c.total for c in self.low_rank.values()) + self.adapter.provenance.lost()
         return sum(c.captured for c in self.low_rank.values()) / total if total > 0 else 1.0
 
+    @property
+    def _weighted(self) -> list[Weighted]:
+        return [c.weighted for c in self.low_rank.values() if c.weighted is not None]
+
     def data(self, size: int) -> dict[str, Any]:
         """Everything for the manifest; plain values that depend on the inputs alone."""
         tensors: dict[str, Any] = {}
@@ -93,6 +97,8 @@ class Outcome:
                 "method": c.method,
                 "steps": c.steps,
             }
+            if c.weighted is not None:
+                tensors[name]["weighted"] = _weighted_data([c.weighted])
         for name, source in self.adapter.provenance.sources.items():
             if name in tensors:
                 tensors[name]["from"] = source
@@ -111,6 +117,7 @@ class Outcome:
                 "others": len(self.others),
                 self.adapter.provenance.skipped.replace(" ", "_"): self.unchanged,
                 "energy": self.energy,
+                **({"weighted": _weighted_data(self._weighted)} if self._weighted else {}),
                 "bytes": size,
             },
             **self.adapter.facts(),
@@ -125,6 +132,13 @@ class Outcome:
         if self.low_rank:
             share = format_share(self.energy)
             lines.append(f"energy captured: {share} of ||delta||^2 of all low-rank updates")
+        if self._weighted:
+            found = _weighted_data(self._weighted)
+            lines.append(
+                f"of the outputs' change for the calibration inputs: "
+                f"{format_share(found['energy'])} (the truncated SVD of the same ranks: "
+                f"{format_share(found['energy_of_svd'])})"
+            )
         tuned = data.get("finetuned", {}).get("bytes")
         share = (
             f" ({size / tuned:.1%} of the fine-tuned model's {format_bytes(tuned)})"
@@ -166,6 +180,15 @@ def counted_kinds(kinds: Iterable[Kind]) -> list[str]:
     """How many there are of each kind: ["2 DoRA updates", "1 tensor kept whole"]."""
     found = Counter(kinds)
     return [counted_kind(kind, found[kind]) for kind in KIND_NAMES if found[kind]]
+
+
+def _weighted_data(parts: Sequence[Weighted]) -> dict[str, float]:
+    """Shares of ||delta C^(1/2)||^2 that the factors and the truncated SVD capture."""
+    total = sum(part.total for part in parts)
+    if total <= 0:
+        return {"energy": 1.0, "energy_of_svd": 1.0}
+    captured, plain = sum(p.captured for p in parts), sum(p.plain for p in parts)
+    return {"energy": min(1.0, captured / total), "energy_of_svd": min(1.0, plain / total)}
 
 
 def _error(error: float) -> str:

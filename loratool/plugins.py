@@ -85,6 +85,8 @@ class Step(Protocol):
         has_tasks: (optional, True if absent) whether an executor runs its work.
         in_place: (optional, False if absent) whether it changes its first operand: its result has
             `apply(drain) -> Report`.
+        measures: (optional, False if absent) whether its result reads values for a report: it has
+            `notes` and `measure(drain) -> Report`.
         names_base: (optional, False if absent) whether the operand `base` may be left out where
             the adapters name their base.
         needs_base: (optional, True if absent) whether a base that is left out has to be found.

@@ -154,7 +154,7 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
                 ["--overwrite"], is_flag=True, help="Replace a directory that is not empty."
             ),
         ]
-    if (cls.output or getattr(cls, "in_place", False)) and getattr(cls, "has_tasks", True):
+    if _has_tasks(cls):
         options += [
             click.Option(
                 ["--executor"],
@@ -175,6 +175,12 @@ def _common_options(cls: type[Step]) -> list[click.Parameter]:
     return options
 
 
+def _has_tasks(cls: type[Step]) -> bool:
+    """Whether an executor runs the work of a step."""
+    works = cls.output or getattr(cls, "in_place", False) or getattr(cls, "measures", False)
+    return bool(works) and getattr(cls, "has_tasks", True)
+
+
 def _run(cls: type[Any], values: dict[str, Any]) -> None:
     located.cache_clear()
     with ProgressBar(bool(values["quiet"] or values["as_json"])) as bar, watched_by(bar):
@@ -192,8 +198,8 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
     target = _target(step, values, refs)
     if target is not None:  # before any long work
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
-        if "executor" in values:
-            plugins.create("executors", values["executor"])
+    if "executor" in values:
+        plugins.create("executors", values["executor"])
     if getattr(cls, "in_place", False):
         _complete(refs[cls.operands[0].name][0][0])
     inputs = {operand.name: _open(operand, refs[operand.name]) for operand in cls.operands}
@@ -206,6 +212,8 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
         return result
     if getattr(cls, "in_place", False):
         return _apply(result, values, bar)
+    if getattr(cls, "measures", False):
+        return _measure(result, values, bar)
     if target is not None:
         return _save(result, target, values, bar)
     raise AssertionError(f"{cls.__name__} has no place for its result")
@@ -284,6 +292,18 @@ def _apply(result: Any, values: Mapping[str, Any], bar: ProgressBar) -> Report:
         print_error(note, "Note")
     drain = Drain(values["executor"], start=bar.start, progress=bar.advance)
     report: Report = result.apply(drain)
+    return report
+
+
+def _measure(result: Any, values: Mapping[str, Any], bar: ProgressBar) -> Report:
+    """Read values, and write nothing but a report."""
+    from loratool.engine import Drain
+
+    for note in result.notes:
+        print_error(note, "Note")
+    report: Report = result.measure(
+        Drain(values["executor"], start=bar.start, progress=bar.advance)
+    )
     return report
 
 

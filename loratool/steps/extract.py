@@ -26,7 +26,9 @@ from loratool.training import DEFAULT_RATE, MEASURES, Training
 from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
+    from loratool.calibrated import Calibration
     from loratool.delta import DeltaReader
+    from loratool.updates import Experts, LowRank
 
 _DEFAULT_RANK = 16
 
@@ -69,13 +71,21 @@ class Extract:
     base_name: str = option("", "the base's Hub id, for adapter_config.json and the card")
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
     calibrate: str = option(
-        "", "texts, token ids or images that the models are run on", metavar="FILE"
+        "", "fit the factors to the inputs in this file: texts, token ids or images "
+        "(--factorizer activation, --refine)", metavar="FILE",
+    )  # fmt: skip
+    calibrate_on: str = option(
+        "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
     )
+    moments: str = option(
+        "full", "the whole second moment of each layer's inputs, or its diagonal",
+        choices=("full", "diagonal"),
+    )  # fmt: skip
     calibration_samples: int = option(128, "use at most so many samples, the first ones")
     calibration_length: int | None = option(
-        None, "cut samples to so many tokens (default: 512, or the model's limit)"
+        None, "cut samples to so many tokens (default: 512, or what the model takes)"
     )
-    tokenizer: str = option("", "tokenizer's directory (default: the model's own)", metavar="DIR")
+    tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
     refine: int | None = option(
         None, "train the factors by so many steps to answer --calibrate's inputs as the fine-tune",
         metavar="STEPS",
@@ -93,6 +103,7 @@ class Extract:
     )
 
     def __post_init__(self) -> None:
+        self._check_calibration()
         rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
         parse_moves(self.map)
         plugins.create("adapter_formats", self.format)
@@ -107,12 +118,13 @@ class Extract:
         """
         policy = rank_policy(self.rank, self.energy)
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self.factorizer)
+        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
         pair = pair_models(base, finetuned, self._selection())
         from loratool.delta import DeltaReader
 
         reader = DeltaReader(factorizer, policy, self.seed)
-        low_rank, whole = _updates(pair, reader, policy, dtype)
+        calibration = self._calibration(base, finetuned, pair, dtype)
+        low_rank, whole = _updates(pair, reader, policy, dtype, calibration)
         tensors = pair.finetuned
         tied = _tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
@@ -132,15 +144,53 @@ class Extract:
             moves=pair.alignment.moves,
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
-            notes=(*pair.notes, *_table_notes(pair), *_rank_notes(pair, policy)),
+            notes=(
+                *pair.notes,
+                *_table_notes(pair),
+                *_rank_notes(pair, policy),
+                *_notes_of(calibration),
+            ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base)),
-            facts=lambda: _facts(self, policy, pair, reader),
+            provenance=_provenance(pair, self._base_name(base), calibration),
+            facts=lambda: _facts(self, policy, pair, reader, calibration),
         )
         if training := self._training():
             adapter = self._refined(adapter, training, pair, base, finetuned)
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    @property
+    def _factorizer(self) -> str:
+        return "activation" if self.calibrate and self.factorizer == "krylov" else self.factorizer
+
+    def _check_calibration(self) -> None:
+        name = self._factorizer.partition(":")[0]
+        if name == "activation" and not self.calibrate:
+            raise UsageError(
+                "--factorizer activation fits to inputs: name them by --calibrate FILE"
+            )
+        if self.calibrate and name != "activation" and self.refine is None:
+            raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
+            raise UsageError("--calibration-samples and --calibration-length: at least 1")
+
+    def _calibration(
+        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
+    ) -> Calibration | None:
+        if self._factorizer.partition(":")[0] != "activation":
+            return None
+        from loratool.calibrated import Calibration, Plan
+        from loratool.calibration import Limits
+
+        plan = Plan(
+            Path(self.calibrate),
+            "base" if self.calibrate_on == "base" else "finetuned",
+            self.moments == "diagonal",
+            Limits(self.calibration_samples, self.calibration_length),
+            Path(self.tokenizer) if self.tokenizer else None,
+        )
+        changes = [(c, _dtype_of(c, dtype)) for c in pair.changes() if c.factored]
+        return Calibration(plan, base, finetuned, changes, self.architecture)
 
     def _training(self) -> Training | None:
         """What --refine and its companions mean together."""
@@ -195,7 +245,11 @@ class Extract:
         return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
-def _provenance(pair: Pair, base_name: str) -> Provenance:
+def _notes_of(calibration: Calibration | None) -> tuple[str, ...]:
+    return () if calibration is None else calibration.notes
+
+
+def _provenance(pair: Pair, base_name: str, calibration: Calibration | None) -> Provenance:
     architecture = architecture_of(pair.config) or "AutoModel"
     base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
     return Provenance(
@@ -203,6 +257,7 @@ def _provenance(pair: Pair, base_name: str) -> Provenance:
         "Extracted",
         f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
         "adapter extracted by loratool.",
+        lines=tuple if calibration is None else calibration.lines,
     )
 
 
@@ -212,39 +267,59 @@ def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
 
 
 def _updates(
-    pair: Pair, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    pair: Pair,
+    reader: DeltaReader,
+    policy: RankPolicy,
+    dtype: str | None,
+    calibration: Calibration | None,
 ) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
     """The low-rank updates, and what has to be kept whole."""
     low_rank: dict[str, LazyUpdate] = {}
     whole: dict[str, LazyUpdate] = {}
     for change in pair.changes():
         if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype)
+            low_rank[change.name] = _low_rank(change, reader, policy, dtype, calibration)
         else:
             whole[change.name] = _replacement(change, reader)
     return low_rank, whole
 
 
 def _low_rank(
-    change: Change, reader: DeltaReader, policy: RankPolicy, dtype: str | None
+    change: Change,
+    reader: DeltaReader,
+    policy: RankPolicy,
+    dtype: str | None,
+    calibration: Calibration | None,
 ) -> LazyUpdate:
     before, after = change.before, change.after
     assert before is not None  # of what is factored
     shape = swapped(after.shape) if change.transposed else after.shape
     experts = change.kind == "experts"
-    dtype = dtype or ("BF16" if before.dtype == "BF16" else "F32")
+    dtype = _dtype_of(change, dtype)
     factorize = reader.factorize_experts if experts else reader.factorize
+
+    def load() -> LowRank | Experts | None:
+        if calibration is not None and not experts:
+            return calibration.load(reader, change.name)
+        return factorize(before, after, change.transposed, dtype)
+
     matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
     return LazyUpdate(
         change.name,
         "experts" if experts else "low_rank",
         shape,
         dtype,
-        lambda: factorize(before, after, change.transposed, dtype),
+        load,
         rank=policy.limit(matrix) if policy.rank else None,
         transposed=change.transposed,
         embedding=change.kind == "embedding",
     )
+
+
+def _dtype_of(change: Change, dtype: str | None) -> str:
+    """The type of a target's factors."""
+    bf16 = change.before is not None and change.before.dtype == "BF16"
+    return dtype or ("BF16" if bf16 else "F32")
 
 
 def _replacement(change: Change, reader: DeltaReader) -> LazyUpdate:
@@ -304,12 +379,19 @@ def _model_files(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _facts(step: Extract, policy: RankPolicy, pair: Pair, reader: DeltaReader) -> dict[str, Any]:
+def _facts(
+    step: Extract,
+    policy: RankPolicy,
+    pair: Pair,
+    reader: DeltaReader,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
     return {
+        **({"calibration": calibration.facts()} if calibration is not None else {}),
         "options": {
             "rank": policy.rank,
             "energy": policy.energy,
-            "factorizer": step.factorizer,
+            "factorizer": step._factorizer,
             "seed": step.seed,
             "lora_only": step.lora_only,
             "embeddings": step.embeddings,

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
+from loratool.errors import UsageError
 from loratool.opening import format_of
+from loratool.plotting import check_picture
 from loratool.plugins import Operand, option
 from loratool.reports import Report
 
@@ -32,13 +34,37 @@ class Inspect:
     deep: bool = option(False, "read a checkpoint's values, too: norms and digests")
     all: bool = option(False, f"list every tensor, not only the {_LISTED} largest")
 
+    plot: str | None = option(
+        None, "draw it, too, to this .svg or .png file, which is replaced; a checkpoint: with "
+        "--deep", metavar="FILE",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.plot:
+            check_picture(self.plot)
+
     def run(self, ref: Adapter | Checkpoint) -> Report:
         """Describe an adapter, or a checkpoint.
 
         Raises:
             InputError: a file cannot be read.
             FormatError: an adapter's manifest is not JSON.
+            OutputError: the picture cannot be written.
+            UsageError: a picture of a checkpoint's headers is asked for.
         """
+        if self.plot and isinstance(ref, Checkpoint) and not self.deep:
+            raise UsageError(
+                "--plot: headers alone make no picture of a checkpoint: add --deep, which reads "
+                "its values"
+            )
+        report = self._report(ref)
+        if self.plot:
+            from loratool.plotting.inspection import draw_inspection
+
+            draw_inspection(report.data, Path(self.plot))
+        return report
+
+    def _report(self, ref: Adapter | Checkpoint) -> Report:
         limit = None if self.all else _LISTED
         if isinstance(ref, Adapter):
             from loratool.adapter_report import adapter_report
