@@ -349,7 +349,7 @@ def test_a_model_that_cannot_be_run_is_refused(tmp_path, pairs) -> None:
 
 def test_a_fit_to_activations_is_refined_further(tmp_path, pairs) -> None:
     pair, ids = pairs["llama"]
-    report = extract(pair, ids, factorizer="krylov").save(tmp_path / "adapter")
+    report = extract(pair, ids, factorizer="activation").save(tmp_path / "adapter")
     told = report.data["refinement"]
     assert told["after"] < told["before"]
     assert report.data["calibration"]["kind"] == "token ids"
