@@ -27,6 +27,7 @@ from pathlib import Path
 INTERVAL = 0.02
 BLOCK = 512
 CHUNK = 1 << 24
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)

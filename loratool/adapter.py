@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.dtypes import itemsize
 from loratool.errors import InputError, Problem
 from loratool.files import named
-from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Update
+from loratool.updates import LINEAR, WHOLE, Kind, Replacement, Sparse, Update
 
 # Files of a fine-tuned model that an adapter carries under model/.
 MODEL_FILES = (
@@ -52,6 +53,7 @@ class LazyUpdate:
         rows: which rows of a table are replaced.
         embedding: whether it is for an embedding's table, which formats store in another way.
         axis: of DoRA, 1 if each column of the weight has a magnitude instead of each row.
+        entries: how many single entries there are beside the factors, at most.
     """
 
     name: str
@@ -68,6 +70,7 @@ class LazyUpdate:
     rows: tuple[int, ...] = ()
     embedding: bool = False
     axis: int = 0
+    entries: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -101,6 +104,18 @@ def replacement(value: LazyTensor, stored: LazyTensor) -> LazyUpdate:
         origin=stored.origin,
         stored=(stored,),
     )
+
+
+def without_entries(update: LazyUpdate) -> LazyUpdate:
+    """The low-rank part of an update with single entries; any other one as it is."""
+    if update.kind != "sparse":
+        return update
+
+    def load() -> Update | None:
+        found = update.load()
+        return found.added if isinstance(found, Sparse) else found
+
+    return replace(update, kind="low_rank", load=load, stored=(), entries=0)
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,27 @@ class Rereading:
     read: Callable[[FormatOptions], Adapter]
 
 
+class Gathered(Protocol):
+    """What updates need of one another, or have in common, and is computed before any of them."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it keeps on the disk at most until all updates are written."""
+        ...
+
+    def gather(
+        self, folder: Path | None, executor: Any, progress: Callable[[str, int], None]
+    ) -> None:
+        """Compute it, once.
+
+        Args:
+            folder: on whose disk it may keep things; None for the system's temporary files.
+            executor: an executor plugin, runs one task a tensor.
+            progress: is told each tensor's name and bytes as it is done.
+        """
+        ...
+
+
 _READ = Provenance("Writing", "Wrote", "An adapter written by loratool.")
 
 
@@ -211,10 +247,12 @@ class Adapter(Mapping[str, LazyUpdate]):
             it was read in.
         rereading: how it is read again with what its files do not say; None if they say all.
         provenance: how it was made.
+        gathered: what has to be computed before any update is; None where they are independent.
+        while_drained: what runs beside the draining, as a context.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, a directory or a file, or None if it was computed.
-        prepare: does what all updates need together, so that its progress can be shown; None if
-            there is nothing of the kind. The first update that is loaded does it otherwise.
+        prepare: trains all updates together, telling its steps; None where they are not trained.
+            The first update that is loaded does it otherwise.
     """
 
     updates: Mapping[str, LazyUpdate]
@@ -240,7 +278,11 @@ class Adapter(Mapping[str, LazyUpdate]):
     base_digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     files: Mapping[str, Path] = field(default_factory=dict, repr=False)
     provenance: Provenance = _READ
+    gathered: Gathered | None = field(default=None, repr=False, compare=False)
     facts: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False, compare=False)
+    while_drained: Callable[[], AbstractContextManager[None]] = field(
+        default=nullcontext, repr=False, compare=False
+    )
     format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None

@@ -19,6 +19,7 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain, save_adapter, save_checkpoint
 from loratool.inplace import complete
+from loratool.ladder import Ladder
 from loratool.opening import open_adapter, open_any, open_checkpoint
 from loratool.reports import Report
 from loratool.requantizing import RequantizedCheckpoint
@@ -56,6 +57,17 @@ class LazyAdapter(Adapter):
     ) -> Report:
         """Compute and write it; see `loratool.engine.save_adapter` for the errors."""
         return save_adapter(self, Path(path), Drain(executor, overwrite), format)
+
+
+@dataclass(frozen=True)
+class LazyLadder(Ladder):
+    """Adapters of several ranks that are computed together while they are saved."""
+
+    def save(
+        self, path: str | Path, *, overwrite: bool = False, executor: str = "threads"
+    ) -> Report:
+        """Compute and write them; see `loratool.ladder.Ladder.write` for the errors."""
+        return self.write(Path(path), Drain(executor, overwrite))
 
 
 class _Saved(Checkpoint):
@@ -101,11 +113,20 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    ratio: float | None = None,
+    noise_floor: bool = False,
+    budget: str | None = None,
+    weigh: str | None = None,
+    max_rank: int | None = None,
+    ranks: Sequence[int] | None = None,
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     factorizer: str = "krylov",
+    compute: str | None = None,
+    device: str = "cpu",
     seed: int = 0,
     dtype: str | None = None,
+    sparse: float | None = None,
     lora_only: bool = False,
     embeddings: str = "whole",
     map: Sequence[str] = (),
@@ -122,19 +143,33 @@ def extract(
     refine_loss: str | None = None,
     refine_rate: float = 0.03,
     refine_penalty: float = 0.0,
-) -> LazyAdapter:
+) -> LazyAdapter | LazyLadder:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
     Args:
         base: the base model.
         finetuned: the fine-tuned model.
-        rank: rank of every update; None for 16, or for no limit but `energy` if that is given.
+        rank: rank of every update, at most where another option chooses; None for 16, or for no
+            limit where one does.
         energy: keep the smallest rank that captures this share of ||delta||^2, in (0, 1].
+        ratio: keep the singular values of at least the largest divided by this.
+        noise_floor: keep those above the edge of the rounding noise of the fine-tune's type.
+        budget: bytes of all weights of the adapter ("64MiB"): factors get what is left beside
+            tensors that are kept whole, spent where they capture most.
+        weigh: what that is: "energy" of all updates together (None), or "relative": the shares of
+            each update's own energy, which all count the same.
+        max_rank: the largest rank that these may choose; None for 256 with a budget, else for none.
+        ranks: several ranks: one adapter for each, from one pass.
         target: only tensors whose name matches one of these globs.
         exclude: no tensor whose name matches one of these globs.
         factorizer: "krylov", "exact" or "activation", or another plugin's name, with options.
+        compute: "fp32" or "bf16": the precision of the products that find directions; "auto" for
+            bf16 where the processor multiplies it natively; None for the factorizer's own.
+        device: where to compute, as torch names it: "cpu", "cuda", "cuda:1".
         seed: of the factorizer's random start.
         dtype: of the factors: "fp32", "bf16", ...; None for bf16 with bf16 models, else fp32.
+        sparse: keep this many of the largest entries that low rank leaves out of each matrix, or
+            below 1 this share of its entries.
         lora_only: leave out what is not a low-rank update.
         embeddings: "whole" to keep changed embeddings whole, "lowrank" to factorize them.
         map: "OLD=NEW": the fine-tune's name or prefix OLD is NEW in the base.
@@ -153,18 +188,27 @@ def extract(
         refine_rate: learning rate, as a share of each factor's root mean square.
         refine_penalty: weight of the distance from the extracted factors.
 
+    Returns:
+        The adapter; with `ranks`, all of them: `adapters` has each by its rank.
+
     Raises:
-        InputError: a checkpoint cannot be read.
+        InputError: a checkpoint cannot be read, the budget is too small, or there is no such
+            device.
         MismatchError: the two do not belong together.
         UsageError: an option's value makes no sense.
     """
     step = Extract(
-        rank, energy, tuple(target), tuple(exclude), factorizer, seed, dtype, lora_only,
-        embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on, moments,
-        calibration_samples, calibration_length, tokenizer, refine, refine_loss, refine_rate,
-        refine_penalty,
+        rank, energy, ratio, noise_floor, budget, weigh, max_rank,
+        None if ranks is None else ",".join(str(each) for each in ranks),
+        tuple(target), tuple(exclude), factorizer, compute, device, seed, dtype, sparse,
+        lora_only, embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on,
+        moments, calibration_samples, calibration_length, tokenizer, refine, refine_loss,
+        refine_rate, refine_penalty,
     )  # fmt: skip
-    return _as(LazyAdapter, step.run(_checkpoint(base), _checkpoint(finetuned)))
+    found = step.run(_checkpoint(base), _checkpoint(finetuned))
+    if isinstance(found, Ladder):
+        return LazyLadder({r: _as(LazyAdapter, each) for r, each in found.adapters.items()})
+    return _as(LazyAdapter, found)
 
 
 def validate(

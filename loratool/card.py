@@ -80,6 +80,15 @@ def _contents(outcome: Outcome) -> list[str]:
         for kind in KIND_NAMES
         for words in counted_kinds([kind] * outcome.kinds[kind])
     ]
+    if outcome.sparse:
+        number = sum(found.number for found in outcome.sparse.values())
+        words = (
+            f"- {number:,} single entries in sparse.safetensors, which only loratool uses "
+            "(`loratool merge`): PEFT loads the factors alone"
+        )
+        if (alone := outcome.energy_of_factors) is not None:
+            words += f", which capture {format_share(alone)}"
+        lines.append(words)
     if outcome.low_rank:
         share = format_share(outcome.energy)
         lines.append(f"- {share} of the squared norm of the low-rank deltas captured")

@@ -54,6 +54,7 @@ class LazyTensor:
             write to it.
         origin: the file it comes from, for messages.
         extent: where exactly these bytes lie on disk, if they do.
+        raw: its little-endian bytes without a copy and without torch, where there is such a view.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LazyTensor:
     blocks: Callable[[], Iterator[torch.Tensor]] = field(repr=False, compare=False)
     origin: str = ""
     extent: Extent | None = None
+    raw: Callable[[], memoryview] | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -91,6 +93,9 @@ class LazyTensor:
     def digest(self) -> str:
         """The digest of its values (`loratool.digests`)."""
         digest = TensorDigest(self.dtype, self.shape)
+        if self.raw is not None:
+            digest.update_bytes(self.raw())
+            return digest.hexdigest()
         for block in self.blocks():
             digest.update(block)
         return digest.hexdigest()

@@ -6,29 +6,39 @@ Everything here touches values; the steps that plan it touch headers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from loratool.ahead import DigestsAhead
 from loratool.checkpoint import LazyTensor
+from loratool.devices import CPU, Staging
 from loratool.digests import combine_digests
 from loratool.errors import InputError
-from loratool.experts import gathered
 from loratool.linalg import (
+    Certificate,
     Context,
     Factorization,
     Factorizer,
+    FormedDelta,
+    FormedFactorizer,
     RankPolicy,
     SecondMoment,
     Workspace,
     is_finite,
     named_generator,
+    squared_norm,
     tiles,
 )
-from loratool.lowrank import rounded_factors
+from loratool.tiling import difference
 from loratool.updates import Experts, LowRank, Replacement
+
+if TYPE_CHECKING:
+    import torch
+
+# Elements a tile of a delta while it is formed: two tensors in bf16, and their difference in fp32
+# and in bf16, lie in the cache.
+_TILE_ELEMENTS = 1 << 18
 
 
 class DeltaReader:
@@ -36,15 +46,42 @@ class DeltaReader:
 
     Tasks of several threads share one reader; each thread has its own buffers, reused from tensor
     to tensor because fresh large allocations cost more than the arithmetic.
+
+    Attributes:
+        under_noise: fine-tuned tensor -> ||delta||_F^2, of those that hold no update that can be
+            told from rounding.
     """
 
-    def __init__(self, factorizer: Factorizer, policy: RankPolicy, seed: int) -> None:
+    def __init__(
+        self,
+        factorizer: Factorizer,
+        policy: RankPolicy,
+        seed: int,
+        noise_floor: bool = False,
+        digests: DigestsAhead | None = None,
+        device: str = CPU,
+    ) -> None:
+        """Bind what all tasks share; nothing is read yet.
+
+        Args:
+            factorizer: what factorizes; a `FormedFactorizer` for any device but the CPU.
+            policy: how many singular values to keep.
+            seed: of the random start.
+            noise_floor: whether singular values under the edge of the rounding noise are dropped.
+            digests: where digests may be had already; None to take them when needed.
+            device: where deltas are formed and factorized, as torch writes it.
+        """
+        self._device = device
+        self._staging: Staging | None = None
+        self._ahead = digests or DigestsAhead(())
         self._factorizer = factorizer
         self._policy = policy
         self._seed = seed
+        self._noise_floor = noise_floor
         self._digests: dict[str, dict[str, str]] = {"base": {}, "tuned": {}}
         self._matrices: set[str] = set()
         self._workspace = Workspace()
+        self.under_noise: dict[str, float] = {}
 
     def base_digests(self) -> dict[str, Any]:
         """Digests of the base's tensors that were read."""
@@ -82,21 +119,8 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
-        if self._read(base, tuned):
-            return None
-        generator = named_generator(self._seed, tuned.name)
-        try:
-            found = self._factors(
-                tuned.name, base.read(), tuned.read(), transposed, generator, moment
-            )
-        except InputError as error:
-            raise _name_culprit(base, tuned, error) from error
-        if base.dtype != tuned.dtype and found.certificate.total == 0:
-            return None
-        a, b = found.a, found.b
-        if transposed:
-            a, b = b.T.contiguous(), a.T.contiguous()
-        return rounded_factors(a, b, found.certificate, dtype)
+        parts = self.decompose(base, tuned, transposed, experts=False, moment=moment)
+        return low_rank_update(parts, transposed, dtype, base.dtype == tuned.dtype)
 
     def factorize_experts(
         self, base: LazyTensor, tuned: LazyTensor, transposed: bool, dtype: str
@@ -114,24 +138,60 @@ class DeltaReader:
         Raises:
             InputError: NaN or Inf in either, named.
         """
+        parts = self.decompose(base, tuned, transposed, experts=True)
+        return experts_update(parts, transposed, dtype, base.dtype == tuned.dtype)
+
+    def decompose(
+        self,
+        base: LazyTensor,
+        tuned: LazyTensor,
+        transposed: bool,
+        experts: bool,
+        policy: RankPolicy | None = None,
+        moment: SecondMoment | None = None,
+    ) -> Iterator[Factorization]:
+        """Factorize each matrix of tuned - base, one after the other; none if the two are equal.
+
+        A matrix that lies under the noise floor gives zero factors.
+
+        Args:
+            base: as for `factorize`, or for `factorize_experts`.
+            tuned: of the same shape.
+            transposed: whether both are stored transposed; the factors are those of what is stored.
+            experts: whether the first axis counts matrices.
+            policy: how many singular values to keep; None for the reader's own.
+            moment: of the matrix's inputs, for factorizers that use it.
+
+        Raises:
+            InputError: NaN or Inf in either, named.
+        """
         if self._read(base, tuned):
-            return None
+            return
         generator = named_generator(self._seed, tuned.name)
-        experts: list[LowRank] = []
-        for before, after in zip(matrices_of(base), matrices_of(tuned), strict=True):
+        pairs = (
+            zip(matrices_of(base), matrices_of(tuned), strict=True)
+            if experts
+            else iter([(base.read(), tuned.read())])
+        )
+        totals, is_noise = 0.0, True
+        for before, after in pairs:
             try:
-                found = self._factors(tuned.name, before, after, transposed, generator)
+                found = self._factors(
+                    tuned.name,
+                    before,
+                    after,
+                    transposed,
+                    generator,
+                    policy or self._policy,
+                    moment,
+                )
             except InputError as error:
                 raise _name_culprit(base, tuned, error) from error
-            experts.append(rounded_factors(found.a, found.b, found.certificate, dtype))
-        certificates = [u.certificate for u in experts if u.certificate is not None]
-        if base.dtype != tuned.dtype and not any(c.total for c in certificates):
-            return None
-        update = gathered(experts)
-        if transposed:
-            update = update.transposed()
-            update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
-        return update
+            totals += found.certificate.total
+            is_noise &= found.certificate.captured == 0
+            yield found
+        if self._noise_floor and is_noise and totals > 0:
+            self.under_noise[tuned.name] = totals
 
     def _factors(
         self,
@@ -140,15 +200,59 @@ class DeltaReader:
         after: torch.Tensor,
         transposed: bool,
         generator: torch.Generator,
+        policy: RankPolicy,
         moment: SecondMoment | None = None,
     ) -> Factorization:
         context = Context(name, before.flatten(1), after.flatten(1), transposed, moment)
-        delta = self._delta(context.before, context.after)
         factorize_in = getattr(self._factorizer, "factorize_in", None)
-        if factorize_in is None:
-            return self._factorizer.factorize(delta, self._policy, generator)
-        found: Factorization = factorize_in(delta, self._policy, generator, context)
-        return found
+        if factorize_in is None and isinstance(self._factorizer, FormedFactorizer):
+            return self._formed_factors(self._factorizer, context, policy, generator)
+        delta = self._formed(context.before, context.after).values
+        policy, edge = self._above_noise(policy, delta, context.after)
+        found: Factorization = (
+            self._factorizer.factorize(delta, policy, generator)
+            if factorize_in is None
+            else factorize_in(delta, policy, generator, context)
+        )
+        return silenced(found) if float(found.sigma[0]) < edge else found
+
+    def _above_noise(
+        self, policy: RankPolicy, delta: torch.Tensor, after: torch.Tensor
+    ) -> tuple[RankPolicy, float]:
+        """The policy for one delta, and what its largest singular value must reach."""
+        if not self._noise_floor:
+            return policy, 0.0
+        from loratool.noise import rounding_noise
+
+        noise = rounding_noise(delta, after)
+        if not math.isfinite(noise.total):  # the factorizer says so
+            return policy, 0.0
+        return replace(policy, floor=noise.floor), noise.edge
+
+    def _formed_factors(
+        self,
+        factorizer: FormedFactorizer,
+        context: Context,
+        policy: RankPolicy,
+        generator: torch.Generator,
+    ) -> Factorization:
+        import torch
+
+        device = torch.device(self._device)
+        rounded = factorizer.wants_rounded(policy, device)
+        if device.type == "cpu":
+            formed = self._formed(context.before, context.after, rounded)
+            policy, edge = self._above_noise(policy, formed.values, context.after)
+            found = factorizer.factorize_formed(formed, policy, generator)
+            return silenced(found) if float(found.sigma[0]) < edge else found
+        staging = self._staging = self._staging or Staging(device)
+        with staging.stream():
+            formed = self._formed_there(staging, context, rounded)
+            values = formed.values.cpu() if self._noise_floor else formed.values
+            policy, edge = self._above_noise(policy, values, context.after)
+            found = factorizer.factorize_formed(formed, policy, generator)
+            found = replace(found, a=found.a.cpu(), b=found.b.cpu(), sigma=found.sigma.cpu())
+            return silenced(found) if float(found.sigma[0]) < edge else found
 
     def replace(self, base: LazyTensor | None, tuned: LazyTensor) -> Replacement | None:
         """Keep `tuned` whole, or None if it equals `base`, be it in another type.
@@ -179,15 +283,98 @@ class DeltaReader:
     def _digest(self, side: str, tensor: LazyTensor) -> str:
         if side == "tuned" and len(tensor.shape) > 1:
             self._matrices.add(tensor.name)
-        found = self._digests[side][tensor.name] = tensor.digest()
+        found = self._digests[side][tensor.name] = self._ahead.digest(tensor)
         return found
 
-    def _delta(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """after - before in fp32, into this thread's buffer; exact for bf16 and fp16."""
-        delta = self._workspace.take("delta", tuple(before.shape), torch.float32)
-        for rows in tiles(before):
-            _subtract(after[rows], before[rows], delta[rows])
-        return delta
+    def _formed(
+        self, before: torch.Tensor, after: torch.Tensor, rounded: bool = False
+    ) -> FormedDelta:
+        """after - before in fp32, into this thread's buffers; exact for bf16 and fp16."""
+        import torch
+
+        shape = tuple(before.shape)
+        delta = self._workspace.take("delta", shape, torch.float32)
+        copy = self._workspace.take("rounded", shape, torch.bfloat16) if rounded else None
+        energy = 0.0
+        for rows in tiles(before, _TILE_ELEMENTS):
+            tile = delta[rows]
+            difference(after[rows], before[rows], tile)
+            energy += squared_norm(tile)
+            if copy is not None:
+                copy[rows] = tile
+        return FormedDelta(delta, energy, copy)
+
+    def _formed_there(self, staging: Staging, context: Context, rounded: bool) -> FormedDelta:
+        """As `_formed`, on another device."""
+        import torch
+
+        shape, device = tuple(context.before.shape), staging.device
+        delta = self._workspace.take("delta", shape, torch.float32, device)
+        for rows, (before, after) in staging.tiles(context.before, context.after):
+            difference(after, before, delta[rows])
+        copy = None
+        if rounded:
+            copy = self._workspace.take("rounded", shape, torch.bfloat16, device).copy_(delta)
+        return FormedDelta(delta, squared_norm(delta), copy)
+
+
+def low_rank_update(
+    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+) -> LowRank | None:
+    """The update of a matrix, from what `DeltaReader.decompose` found of it.
+
+    Args:
+        parts: at most one.
+        transposed: whether the weight is stored as (in, out).
+        dtype: the factors' safetensors dtype.
+        same_type: whether both models store it in one type; if not, a zero delta is no update.
+
+    Returns:
+        None if there is nothing to write.
+    """
+    from loratool.lowrank import rounded_factors
+
+    found = list(parts)  # to the end, for what the reader notes there
+    if not found or _is_nothing([part.certificate for part in found], same_type):
+        return None
+    a, b = found[0].a, found[0].b
+    if transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return rounded_factors(a, b, found[0].certificate, dtype)
+
+
+def experts_update(
+    parts: Iterable[Factorization], transposed: bool, dtype: str, same_type: bool
+) -> Experts | None:
+    """The update of the experts of a weight; for the arguments see `low_rank_update`."""
+    from loratool.experts import gathered
+    from loratool.lowrank import rounded_factors
+
+    experts = [rounded_factors(found.a, found.b, found.certificate, dtype) for found in parts]
+    certificates = [u.certificate for u in experts if u.certificate is not None]
+    if not experts or _is_nothing(certificates, same_type):
+        return None
+    update = gathered(experts)
+    if transposed:
+        update = update.transposed()
+        update = replace(update, a=update.a.contiguous(), b=update.b.contiguous())
+    return update
+
+
+def _is_nothing(certificates: Sequence[Certificate], same_type: bool) -> bool:
+    """Whether factors hold no update: of equal values in other types, or of noise alone."""
+    if any(certificate.captured for certificate in certificates):
+        return False
+    return not same_type or any(certificate.total for certificate in certificates)
+
+
+def silenced(found: Factorization) -> Factorization:
+    """A factorization of rank 1 that captures nothing."""
+    import torch
+
+    certificate = replace(found.certificate, rank=1, captured=0.0)
+    a, b, sigma = (torch.zeros_like(x) for x in (found.a[:1], found.b[:, :1], found.sigma[:1]))
+    return Factorization(a, b, sigma, certificate)
 
 
 def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
@@ -197,15 +384,6 @@ def matrices_of(tensor: LazyTensor) -> Iterator[torch.Tensor]:
             yield from tensor.read()
             return
         yield from block
-
-
-def _subtract(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
-    """out = one - other, rounded to fp32 once, without temporaries for the usual types."""
-    if torch.float64 in (one.dtype, other.dtype):
-        out.copy_(one.double() - other.double())
-        return
-    out.copy_(one)
-    out.sub_(other.float() if other.itemsize == 1 else other)  # torch cannot calculate in fp8
 
 
 def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
@@ -221,6 +399,8 @@ def _change(before: LazyTensor, after: LazyTensor) -> tuple[float, float]:
 
 def block_pairs(one: LazyTensor, other: LazyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The values of two tensors of one shape as pairs of vectors of the same length."""
+    import torch
+
     blocks = other.blocks()
     waiting = torch.empty(0)
     for block in one.blocks():

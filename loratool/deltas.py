@@ -2,7 +2,8 @@
 
 A weight of any shape is seen as a matrix: (out, in) as it is, a convolution's as (out, in times
 kernel), experts' as (experts times rows, columns), a bias as (n, 1). Low-rank updates are one exact
-product together; what other kinds add is computed element by element, in an order that is fixed.
+product together, to which the sum of all single entries is added; what other kinds add is computed
+element by element, in an order that is fixed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from loratool.updates import (
     LoKr,
     LowRank,
     Product,
+    Sparse,
     matrix_shape,
 )
 
@@ -74,13 +76,17 @@ def delta_of(
         ValueError: the parts do not have the weight's size.
     """
     matrix = matrix_shape(shape, any(isinstance(update, Experts) for update, _ in parts))
-    products = [(u.b, u.a, w * u.scale) for u, w in parts if isinstance(u, LowRank)]
+    low_rank = [(u.added if isinstance(u, Sparse) else u, w) for u, w in parts]
+    products = [(u.b, u.a, w * u.scale) for u, w in low_rank if isinstance(u, LowRank)]
+    sparse = [(u, w) for u, w in parts if isinstance(u, Sparse)]
     experts = [(u, w) for u, w in parts if isinstance(u, Experts)]
     terms: list[Delta] = [exact_delta(products)] if products else []
+    if sparse:
+        terms[0] = _WithEntries(terms[0], *summed_entries(sparse))
     if experts:
         terms.append(_experts(experts))
     for update, weight in parts:
-        if not isinstance(update, LowRank | Experts):
+        if not isinstance(update, LowRank | Sparse | Experts):
             terms.append(_term(update, weight, matrix, shape, base))
     for term in terms:
         if term.shape != matrix:
@@ -149,6 +155,66 @@ class _Sum:
 
     def squared_norm(self) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class _WithEntries:
+    """A term, and single entries that are added to it.
+
+    Attributes:
+        term: what they are added to.
+        positions: (k,) int64, ascending, all different: in the matrix, row by row.
+        values: (k,) fp64.
+    """
+
+    term: Delta
+    positions: torch.Tensor
+    values: torch.Tensor
+    needs_base: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.term.shape
+
+    def rows(self, rows: slice, out: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        self.term.rows(rows, out)
+        start, stop, _ = rows.indices(self.shape[0])
+        ends = torch.tensor([start, stop]) * self.shape[1]
+        first, last = torch.searchsorted(self.positions, ends).tolist()
+        if first == last:
+            return
+        places = self.positions[first:last] - ends[0]
+        flat = out.view(-1)
+        flat[places] = flat[places].add_(self.values[first:last])
+
+    def squared_norm(self) -> None:
+        return None
+
+
+def summed_entries(parts: Sequence[tuple[Sparse, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the single entries of updates; their order changes no bit.
+
+    Args:
+        parts: updates of one weight, and weights.
+
+    Returns:
+        positions (k,) int64, ascending and all different, and values (k,) fp64. What several have
+        at one place is added from the least up.
+    """
+    values = torch.cat([update.values.double() * (w * update.scale) for update, w in parts])
+    positions = torch.cat([update.positions for update, _ in parts])
+    if len(parts) == 1:
+        return positions, values
+    order = values.argsort(stable=True)
+    order = order[positions[order].argsort(stable=True)]
+    positions, values = positions[order], values[order]
+    unique, counts = torch.unique_consecutive(positions, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    total = values[starts]
+    for place in range(1, int(counts.max()) if len(counts) else 0):
+        more = counts > place
+        total[more] += values[starts[more] + place]
+    return unique, total
 
 
 @dataclass(frozen=True)
@@ -384,6 +450,8 @@ def _all_rows(delta: Delta) -> torch.Tensor:
     return out
 
 
-def dense(update: LowRank | Experts | Dense | LoHa | LoKr, shape: Sequence[int]) -> torch.Tensor:
+def dense(
+    update: LowRank | Sparse | Experts | Dense | LoHa | LoKr, shape: Sequence[int]
+) -> torch.Tensor:
     """The whole delta in fp64, of the weight's shape."""
     return _all_rows(delta_of([(update, 1.0)], shape)).view(tuple(shape))

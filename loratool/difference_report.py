@@ -18,7 +18,6 @@ from loratool.recommendation import Advice, Look, advise, factors_size
 from loratool.reports import Report, Table, bar, counted, format_bytes, format_share, listed
 from loratool.spectra import Range
 
-_LISTED = 20
 _SHARES = (0.5, 0.9, 0.99)
 _KINDS = {
     "linear": "linear weights",
@@ -275,6 +274,11 @@ def _advice_lines(
             f"{format_bytes(advice.sparse_size)}, factors of 90% of the energy at least "
             f"{format_bytes(factors_size(spectra, int(needed.low)))}"
         )
+    elif advice.look == "full":
+        low = format_bytes(factors_size(spectra, int(needed.low)))
+        dense = format_bytes(sum(d.change.after.nbytes for d in spectra))
+        least = "" if needed.is_exact else "at least "
+        yield f"90% takes {least}{low} as factors; the matrices themselves take {dense}"
     whole = f", of it {format_bytes(advice.whole_size)} kept whole" if advice.whole_size else ""
     yield (
         f"recommendation: --rank {advice.rank} ({format_bytes(advice.size)}{whole}; "

@@ -40,8 +40,9 @@ _FORMATS = {
 }
 # Sides up to this many times the rank that is asked for are factorized whole: it costs no more.
 _WHOLE_SIDES = 2
-# Of a merge of rank r: what is left beyond r is rounding, up to this factor; and r is small.
-_ROUNDING_ALONE, _SMALL_RANK = 1.2, 0.25
+# Of a merge of rank r: what is left beyond r is rounding, up to this factor; r is small, and the
+# next singular value is smaller by this factor.
+_ROUNDING_ALONE, _SMALL_RANK, _GAP = 1.2, 0.25, 1.3
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ class Difference:
     @property
     def merged_rank(self) -> int | None:
         """The rank r of a merged LoRA, if that and rounding would explain all of the difference."""
-        return (
-            None if self.spectrum is None else merged_rank(self.spectrum, self.rounding, self.edge)
-        )
+        if self.spectrum is None or self.change.kind == "experts":
+            return None  # what experts have in common says nothing of one of them
+        shape = matrix_shape(self.change.after.shape)
+        return merged_rank(self.spectrum, self.rounding, self.edge, shape)
 
 
 class DifferenceReader:
@@ -246,17 +248,46 @@ def noise_edge(rounding: float, shape: tuple[int, int]) -> float:
     return math.sqrt(rounding / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns))
 
 
-def merged_rank(spectrum: Spectrum, rounding: float, edge: float) -> int | None:
+def merged_rank(
+    spectrum: Spectrum, rounding: float, edge: float, shape: tuple[int, int]
+) -> int | None:
     """The rank r of a merged LoRA, if that and rounding would explain all of a difference.
 
-    As many singular values stand above the noise as a LoRA has ranks, and what lies beyond them has
-    the energy of the rounding errors. None if it is not so, or if r is no small rank.
+    What lies beyond r then has the energy of the rounding errors outside of a matrix of rank r. The
+    first rank that leaves no more may be too low where the errors are as large as the update, and
+    the number of values above their edge too high where weights differ in size; the widest gap
+    between two values from the one to the other decides.
+
+    Args:
+        spectrum: of the difference.
+        rounding: expected energy of the rounding errors.
+        edge: their largest singular value.
+        shape: of the matrix.
+
+    Returns:
+        None if it is not so, if r is no small rank, or if no gap shows where the update ends.
     """
-    rank = spectrum.above(edge)
-    if not rank.is_exact or not 0 < rank.low <= _SMALL_RANK * spectrum.count:
+    smallest = 1e-6 * spectrum.total  # what fp32 cannot tell
+    most = min(len(spectrum.sigma), int(_SMALL_RANK * spectrum.count))
+    rows, columns = shape
+
+    def explains(rank: int) -> bool:
+        outside = rounding * (1 - rank / rows) * (1 - rank / columns)
+        tail = spectrum.total - spectrum.captured(rank).low
+        return tail <= max(_ROUNDING_ALONE * outside, smallest)
+
+    first = next((rank for rank in range(1, most + 1) if explains(rank)), None)
+    if first is None:
         return None
-    tail = spectrum.total - spectrum.captured(int(rank.low)).low
-    return int(rank.low) if tail <= max(_ROUNDING_ALONE * rounding, 1e-6 * spectrum.total) else None
+    last = max(first, min(most, int(spectrum.above(edge).low)))
+    best = max(range(first, last + 1), key=lambda rank: _gap(spectrum, rank))
+    return best if _gap(spectrum, best) >= _GAP else None
+
+
+def _gap(spectrum: Spectrum, rank: int) -> float:
+    """By how much the next singular value is smaller."""
+    rest = spectrum.sigma[rank:]
+    return spectrum.sigma[rank - 1] / rest[0] if rest else math.inf
 
 
 def _matrix_pairs(

@@ -26,7 +26,11 @@ class TensorDigest:
         import torch
 
         if block.numel():
-            self._hash.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self.update_bytes(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def update_bytes(self, content: memoryview) -> None:
+        """Add the bytes of the next block; other threads run meanwhile."""
+        self._hash.update(content)
 
     def hexdigest(self) -> str:
         """The digest so far, as 64 hexadecimal digits."""

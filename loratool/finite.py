@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from loratool.adapter import Adapter
 from loratool.checkpoint import LazyTensor
@@ -14,11 +14,22 @@ from loratool.updates import Added, tensors_of
 def non_finite(adapter: Adapter) -> list[Problem]:
     """Read every stored tensor, one after the other: an error for each that holds NaN or Inf.
 
-    Among them are the copies of the base's tensors that low-rank updates are added to.
+    Among them are the copies of the base's tensors that low-rank updates are added to. Places of
+    single entries, which headers do not show either, must be in their weights.
     """
     stored = [tensor for update in adapter.values() for tensor in update.stored]
     beneath = [update.beneath for update in adapter.values() if update.beneath is not None]
-    return non_finite_tensors([*stored, *beneath])
+    return [*non_finite_tensors([*stored, *beneath]), *_misplaced(adapter)]
+
+
+def _misplaced(adapter: Adapter) -> Iterator[Problem]:
+    for update in adapter.values():
+        if update.kind != "sparse" or not update.stored:
+            continue
+        try:
+            update.load()
+        except InputError as error:
+            yield Problem("error", update.name, str(error))
 
 
 def non_finite_tensors(tensors: Iterable[LazyTensor]) -> list[Problem]:

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import blake3
 
@@ -34,26 +34,30 @@ class RankPolicy:
         energy: keep the fewest that capture at least this share of ||D||_F^2 (None: all of them
             up to `rank`).
         ratio: keep those of at least sigma_1 / ratio (None: however small).
+        floor: keep those of at least this share of ||D||_F (None: however small).
     """
 
     rank: int | None = 16
     energy: float | None = None
     ratio: float | None = None
+    floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None and self.ratio is None:
-            raise UsageError("a rank, an energy or a ratio is needed")
+        if self.rank is None and self.is_fixed:
+            raise UsageError("a rank, an energy, a ratio or a floor is needed")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"the energy must lie in (0, 1], not {self.energy}")
         if self.ratio is not None and not self.ratio >= 1:
             raise UsageError(f"the ratio must be at least 1, not {self.ratio}")
+        if self.floor is not None and not self.floor >= 0:
+            raise UsageError(f"the floor must be at least 0, not {self.floor}")
 
     @property
     def is_fixed(self) -> bool:
         """Whether the rank is known before any singular value is."""
-        return self.energy is None and self.ratio is None
+        return self.energy is None and self.ratio is None and self.floor is None
 
     def limit(self, shape: tuple[int, int]) -> int:
         """The largest rank that this policy allows for a matrix of `shape`."""
@@ -84,12 +88,19 @@ class RankPolicy:
             short = int((energies.cumsum(0) < self.wanted(total, margin)).sum())
             if short < known:
                 counts.append(short + 1)
-        if self.ratio is not None and known:
-            large = int((energies >= energies[0] / self.ratio**2).sum())
+        for least in self._least_energies(energies, total):
+            large = int((energies >= least).sum())
             if large < known:
                 counts.append(max(1, large))
         smallest = min(counts)
         return smallest if smallest <= known else None
+
+    def _least_energies(self, energies: torch.Tensor, total: float) -> Iterator[float]:
+        """What a squared singular value must be at least to be kept."""
+        if self.ratio is not None and len(energies):
+            yield float(energies[0]) / self.ratio**2
+        if self.floor is not None:
+            yield self.floor**2 * total
 
 
 @dataclass(frozen=True)
@@ -194,11 +205,27 @@ class Context:
     moment: SecondMoment | None = None
 
 
+@dataclass(frozen=True)
+class FormedDelta:
+    """A delta with what was measured of it while it was formed, tile by tile, in the cache.
+
+    Attributes:
+        values: (out, in), fp32, contiguous. Scratch: it may be overwritten.
+        energy: ||values||_F^2, as `squared_norm` gives it: not finite if a value is not.
+        rounded: the same in bf16, or None.
+    """
+
+    values: torch.Tensor
+    energy: float
+    rounded: torch.Tensor | None = None
+
+
 class Factorizer(Protocol):
     """A plugin of kind "factorizers": pure, deterministic for a given generator.
 
     One that uses more than the delta also has `factorize_in(delta, policy, generator, context)`,
-    which is called instead where a `Context` is known.
+    which is called instead where a `Context` is known. One that can use what is measured while a
+    delta is formed is a `FormedFactorizer`, too.
     """
 
     def factorize(
@@ -211,6 +238,24 @@ class Factorizer(Protocol):
         ...
 
 
+@runtime_checkable
+class FormedFactorizer(Protocol):
+    """A factorizer that takes a delta with what was measured of it, which spares it passes."""
+
+    def wants_rounded(self, policy: RankPolicy, device: torch.device) -> bool:
+        """Whether it would use a copy of the delta in bf16."""
+        ...
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `Factorizer.factorize`; all products are made on the delta's device.
+
+        The factors may lie there or on the CPU.
+        """
+        ...
+
+
 class Workspace(threading.local):
     """Large scratch tensors that live from call to call, one set a thread.
 
@@ -219,20 +264,27 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device | None], torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous CPU tensor of `shape`, its contents undefined.
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor of `shape`, on the CPU if no device is named; contents undefined.
 
         It is valid until the same thread takes the same name and dtype again.
         """
         import torch
 
         size = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        key = (name, dtype, device)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            self._buffers.pop((name, dtype), None)
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 

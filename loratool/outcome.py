@@ -12,7 +12,41 @@ from loratool.adapter import Adapter, LazyUpdate
 from loratool.errors import InputError
 from loratool.linalg import Certificate, Weighted
 from loratool.reports import Report, Table, format_bytes, format_share
-from loratool.updates import KIND_NAMES, Experts, Kind, LowRank, Replacement, Update, counted_kind
+from loratool.updates import (
+    KIND_NAMES,
+    Experts,
+    Kind,
+    LowRank,
+    Replacement,
+    Sparse,
+    Update,
+    counted_kind,
+)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Single entries beside factors.
+
+    Attributes:
+        number: of entries.
+        nbytes: of their values and places in a file.
+        without: the energy that the factors alone capture; None if only theirs was measured.
+    """
+
+    number: int
+    nbytes: int
+    without: float | None
+
+
+def _entries(update: Sparse) -> Entries:
+    from loratool.gaps import sparse_bytes
+
+    alone = update.added.certificate
+    size = sparse_bytes(update.positions, update.values)
+    both = update.certificate
+    is_told = alone is not None and both is not None and alone.energy != both.energy
+    return Entries(len(update.values), size, alone.energy if alone and is_told else None)
 
 
 @dataclass
@@ -22,6 +56,7 @@ class Outcome:
     Attributes:
         adapter: what is drained.
         low_rank: name -> the certificate of its factors.
+        sparse: name -> the single entries beside its factors.
         replaced: name -> relative norm of the change (None: the base has no such tensor).
         others: name -> the kind of what is neither.
         left_out: the same for what `--lora-only` left out.
@@ -31,6 +66,7 @@ class Outcome:
 
     adapter: Adapter
     low_rank: dict[str, Certificate] = field(default_factory=dict)
+    sparse: dict[str, Entries] = field(default_factory=dict)
     replaced: dict[str, float | None] = field(default_factory=dict)
     others: dict[str, Kind] = field(default_factory=dict)
     left_out: dict[str, float | None] = field(default_factory=dict)
@@ -44,7 +80,9 @@ class Outcome:
         for update, found in results:
             if found is not None and not update.optional:
                 self.kinds[found.kind] += 1
-            if isinstance(found, LowRank | Experts):
+            if isinstance(found, Sparse):
+                self.sparse[update.name] = _entries(found)
+            if isinstance(found, LowRank | Sparse | Experts):
                 self.low_rank[update.name] = found.certificate or Certificate(found.rank, 0, 0)
             elif isinstance(found, Replacement):
                 self.replaced[update.name] = found.relative_norm
@@ -99,6 +137,11 @@ class Outcome:
             }
             if c.weighted is not None:
                 tensors[name]["weighted"] = _weighted_data([c.weighted])
+        for name, entries in self.sparse.items():
+            tensors[name]["entries"] = entries.number
+            tensors[name]["entry_bytes"] = entries.nbytes
+            if entries.without is not None:
+                tensors[name]["energy_of_factors"] = entries.without
         for name, source in self.adapter.provenance.sources.items():
             if name in tensors:
                 tensors[name]["from"] = source
@@ -117,11 +160,34 @@ class Outcome:
                 "others": len(self.others),
                 self.adapter.provenance.skipped.replace(" ", "_"): self.unchanged,
                 "energy": self.energy,
+                **self._entry_totals(),
                 **({"weighted": _weighted_data(self._weighted)} if self._weighted else {}),
                 "bytes": size,
             },
             **self.adapter.facts(),
         }
+
+    def _entry_totals(self) -> dict[str, Any]:
+        if not self.sparse:
+            return {}
+        found: dict[str, Any] = {
+            "entries": sum(found.number for found in self.sparse.values()),
+            "entry_bytes": sum(found.nbytes for found in self.sparse.values()),
+        }
+        alone = self.energy_of_factors
+        return found if alone is None else {**found, "energy_of_factors": alone}
+
+    @property
+    def energy_of_factors(self) -> float | None:
+        """The share that is captured without single entries, where that was measured."""
+        if all(found.without is None for found in self.sparse.values()):
+            return None
+        total = sum(c.total for c in self.low_rank.values()) + self.adapter.provenance.lost()
+        captured = 0.0
+        for name, c in self.low_rank.items():
+            alone = self.sparse[name].without if name in self.sparse else None
+            captured += c.captured if alone is None else alone * c.total
+        return captured / total if total > 0 else 1.0
 
     def report(self, target: Path, size: int, data: dict[str, Any]) -> Report:
         """The outcome for people."""
@@ -132,6 +198,12 @@ class Outcome:
         if self.low_rank:
             share = format_share(self.energy)
             lines.append(f"energy captured: {share} of ||delta||^2 of all low-rank updates")
+        if self.sparse:
+            totals = self._entry_totals()
+            words = f"single entries: {totals['entries']:,}, {format_bytes(totals['entry_bytes'])}"
+            if (alone := self.energy_of_factors) is not None:
+                words += f"; the factors alone capture {format_share(alone)}"
+            lines.append(words)
         if self._weighted:
             found = _weighted_data(self._weighted)
             lines.append(
@@ -170,6 +242,10 @@ class Outcome:
             for name, c in self.low_rank.items()
         ]
         columns: tuple[str, ...] = ("tensor", "rank", "energy", "relative error")
+        if self.sparse:
+            columns = (*columns, "entries")
+            counts = {name: f"{found.number:,}" for name, found in self.sparse.items()}
+            rows = [(*row, counts.get(row[0], "")) for row in rows]
         if sources := self.adapter.provenance.sources:
             columns = (*columns, "made of")
             rows = [(*row, sources.get(row[0], "")) for row in rows]

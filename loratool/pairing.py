@@ -133,6 +133,11 @@ class Pair:
         kinds: dict[str, Kind] = dict(self.skeleton.kinds)
         return kinds | dict.fromkeys(self.skeleton.unreachable, "other")
 
+    def tied_tables(self) -> dict[str, str]:
+        """Heads that share the values of embeddings -> these."""
+        tied = self.skeleton.tied.items()
+        return {head: source for head, source in tied if self.kinds.get(source) == "embedding"}
+
     def changes(self) -> Iterator[Change]:
         """What is selected, in the fine-tune's order, but for second names of the same values."""
         kinds = self.kinds
@@ -151,6 +156,11 @@ class Pair:
                 factored=same and self._is_factored(name, kind),
                 transposed=kind == "conv1d" or name in self.skeleton.transposed_experts,
             )
+
+    def tensors(self) -> Iterator[LazyTensor]:
+        """The tensors of both models that changes are made of, in that order."""
+        for change in self.changes():
+            yield from (change.after,) if change.before is None else (change.before, change.after)
 
     def _is_factored(self, name: str, kind: Kind) -> bool:
         if is_in_task_head(name, self.task) or not is_float(self.finetuned[name].dtype):

@@ -27,6 +27,7 @@ from loratool.updates import (
     LowRank,
     Product,
     Replacement,
+    Sparse,
     Update,
 )
 
@@ -197,6 +198,8 @@ def _reordered(shares: Sequence[Share], shape: Shape) -> list[Index] | None:
 
 def _kind(shares: Sequence[Share], shape: Shape) -> Kind:
     kinds = {share.update.kind for share in shares}
+    if "sparse" in kinds and kinds <= {"low_rank", "sparse"}:
+        return "dense" if any(_is_of_expert(share) for share in shares) else "sparse"
     if kinds <= {"low_rank", "experts"}:
         indexed = any(share.place and isinstance(share.place[0], int) for share in shares)
         whole = any(s.update.kind == "experts" and not _is_one_expert(s.part) for s in shares)
@@ -205,6 +208,10 @@ def _kind(shares: Sequence[Share], shape: Shape) -> Kind:
         (kind,) = kinds
         return "dense" if kind == "lokr" and shares[0].part else kind
     return "dense"
+
+
+def _is_of_expert(share: Share) -> bool:
+    return any(isinstance(index, int) for index in (*share.part[:1], *share.place[:1]))
 
 
 def _is_one_expert(part: Indices) -> bool:
@@ -228,7 +235,7 @@ def _short(share: Share, shape: Shape) -> Indices:
 
 
 def _transposed(update: Update) -> Update:
-    if isinstance(update, LowRank | Experts | Dense | LoHa | LoKr | DoRA | IA3):
+    if isinstance(update, LowRank | Sparse | Experts | Dense | LoHa | LoKr | DoRA | IA3):
         return update.transposed()
     raise TypeError(f"{type(update).__name__} cannot be transposed")
 
@@ -266,6 +273,11 @@ def _taken(update: Update, index: Indices, shape: Shape) -> Update:
             if len(index) > 1:
                 a = a.reshape(-1, *shape[1:])[(slice(None), *index[1:])].reshape(len(a), -1)
             return _trimmed(LowRank(a, update.b[index[0]], update.scale))
+        case Sparse():
+            added = _taken(update.added, index, shape)
+            assert isinstance(added, LowRank)
+            positions, kept, _ = _taken_places(update.positions, index, shape)
+            return Sparse(added, positions, update.values[kept], update.scale)
         case DoRA() if len(index) == 1 and isinstance(index[0], slice):
             return _trimmed(rows_of(update, index))
         case LoHa() | LoKr():
@@ -288,6 +300,8 @@ def cut_rows(update: LazyUpdate, name: str, rows: Sequence[slice]) -> LazyUpdate
     def load() -> Update | None:
         found = update.load()
         part = None if found is None else _trimmed(rows_of(found, rows))
+        if isinstance(part, Sparse) and not len(part.values):
+            part = part.added
         return None if isinstance(part, LowRank) and not part.b.count_nonzero() else part
 
     return replace(update, name=name, shape=(height, *update.shape[1:]), load=load, stored=())
@@ -316,6 +330,8 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
     match update:
         case LowRank():
             return LowRank(update.a, _cut(update.b, rows), update.scale)
+        case Sparse():
+            return _rows_of_sparse(update, rows)
         case Dense():
             return replace(update, values=_cut(update.values, rows))
         case LoHa():
@@ -334,6 +350,62 @@ def rows_of(update: Update, rows: Sequence[Index]) -> Update:
     raise TypeError(f"no rows can be taken of {type(update).__name__}")
 
 
+def _rows_of_sparse(update: Sparse, rows: Sequence[Index]) -> Sparse:
+    import torch
+
+    added = rows_of(update.added, rows)
+    assert isinstance(added, LowRank)
+    done, found = 0, []
+    for row in rows:
+        positions, kept, shape = _taken_places(update.positions, (row,), update.shape)
+        found.append((positions + done, update.values[kept]))
+        done += math.prod(shape)
+    positions, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Sparse(added, positions, values, update.scale)
+
+
+def _taken_places(
+    positions: torch.Tensor, index: Indices, shape: Shape
+) -> tuple[torch.Tensor, torch.Tensor, Shape]:
+    """Where places in a weight lie in a part of it.
+
+    Args:
+        positions: (k,), ascending.
+        index: slices that take the part.
+        shape: of the weight.
+
+    Returns:
+        (n,) the places in the part, ascending; (k,) whether each lies in it; the part's shape.
+    """
+    kept, numbers = positions >= 0, positions * 0
+    sizes = []
+    for size, stride, (start, count) in _axes(index, shape):
+        here = positions // stride % size - start
+        kept &= (here >= 0) & (here < count)
+        numbers = numbers * count + here
+        sizes.append(count)
+    return numbers[kept], kept, tuple(sizes)
+
+
+def _placed(positions: torch.Tensor, place: Indices, shape: Shape) -> torch.Tensor:
+    """Where places in a part of a weight lie in the weight."""
+    numbers, left = positions * 0, positions
+    for _, stride, (start, count) in reversed(list(_axes(place, shape))):
+        numbers = numbers + (left % count + start) * stride
+        left = left // count
+    return numbers
+
+
+def _axes(index: Indices, shape: Shape) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Size, stride, and what slices take (start, count) of every dimension of a weight."""
+    for axis, size in enumerate(shape):
+        taken = index[axis] if axis < len(index) else slice(None)
+        if not isinstance(taken, slice) or taken.step not in (None, 1):
+            raise ValueError("only blocks of a weight can be taken")
+        start, stop, _ = taken.indices(size)
+        yield size, math.prod(shape[axis + 1 :]), (start, stop - start)
+
+
 def _trimmed(update: Update) -> Update:
     """The same without the columns of B that are zero, of which the first stays in any case.
 
@@ -342,6 +414,10 @@ def _trimmed(update: Update) -> Update:
     if isinstance(update, DoRA):
         added = _trimmed(update.added)
         assert isinstance(added, LowRank | Dense | LoHa | LoKr)
+        return replace(update, added=added)
+    if isinstance(update, Sparse):
+        added = _trimmed(update.added)
+        assert isinstance(added, LowRank)
         return replace(update, added=added)
     if not isinstance(update, LowRank):
         return update
@@ -392,6 +468,10 @@ def _fused(tensor: str, shape: Shape, found: Sequence[tuple[Indices, Update]]) -
     updates = [update for _, update in found]
     if all(isinstance(update, LowRank | Experts) for update in updates):
         return _fused_factors(shape, found)
+    if all(isinstance(update, LowRank | Sparse) for update in updates) and not any(
+        _is_of_experts(place, update) for place, update in found
+    ):
+        return _fused_sparse(shape, found)
     if all(isinstance(update, DoRA) for update in updates):
         return _fused_dora(shape, found)
     if all(isinstance(update, Replacement) for update in updates):
@@ -432,6 +512,20 @@ def _fused_factors(shape: Shape, found: Sequence[tuple[Indices, Any]]) -> LowRan
     for expert, pair in enumerate(pairs):
         a[expert, : pair.rank], b[expert, :, : pair.rank] = pair.a, pair.b
     return Experts(a, b)
+
+
+def _fused_sparse(shape: Shape, found: Sequence[tuple[Indices, Any]]) -> Sparse:
+    """The factors in one product, and all single entries where they are in the whole."""
+    import torch
+
+    parts = [(p, u.added if isinstance(u, Sparse) else u) for p, u in found]
+    added = _fused_factors(shape, parts)
+    assert isinstance(added, LowRank)
+    sparse = [(place, update) for place, update in found if isinstance(update, Sparse)]
+    places = [_placed(update.positions, place, shape) for place, update in sparse]
+    values = [update.values.double() * update.scale for _, update in sparse]
+    positions, order = torch.cat(places).sort()
+    return Sparse(added, positions, torch.cat(values)[order])
 
 
 def _is_of_experts(place: Indices, update: Update) -> bool:

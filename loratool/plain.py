@@ -27,6 +27,7 @@ from loratool.updates import (
     LoKr,
     LowRank,
     Product,
+    Sparse,
     matrix_shape,
 )
 
@@ -67,7 +68,7 @@ class Tools:
 
 
 def low_rank(
-    update: LowRank | Dense | LoHa | LoKr | DoRA | IA3,
+    update: LowRank | Sparse | Dense | LoHa | LoKr | DoRA | IA3,
     shape: Sequence[int],
     aim: Aim,
     tools: Tools,

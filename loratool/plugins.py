@@ -136,6 +136,9 @@ class AdapterFormat(Protocol):
         library: (optional, "peft" if absent) the Hub's name of the library that loads it.
         usage: (optional) Markdown for the model card: how it is loaded, ADAPTER standing for the
             directory; PEFT's way if absent.
+        whole_bytes: (optional) `whole_bytes(adapter, targets, kept)`: bytes of all tensors that it
+            stores besides the factors of `targets` where the updates `kept` are kept whole; those
+            of the latter if absent.
     """
 
     carries: ClassVar[frozenset[Kind]]

@@ -139,6 +139,11 @@ def _adapter_body(subject: Subject) -> Iterator[str]:
         if number := numbers[update_kind]:
             ranks = [u.rank for u in adapter.values() if u.kind == update_kind and u.rank]
             yield f"- {counted_kind(update_kind, number)}{of_rank(ranks)}"
+    if numbers["sparse"]:
+        yield (
+            "- the single entries lie in sparse.safetensors, which only loratool uses: PEFT loads "
+            "the factors alone"
+        )
     ranks = [update.rank for update in adapter.values() if update.rank]
     energy = _part(subject.manifest, "totals").get("energy")
     if isinstance(energy, float | int):
@@ -271,7 +276,7 @@ def _vllm_obstacles(subject: Subject, adapter: Adapter, rank: int) -> list[str]:
         found.append("it replaces whole tensors")
     if any(len(update.shape) == 1 and not update.is_whole for update in adapter.values()):
         found.append("it changes biases")
-    if alien := kinds - WHOLE - FACTORED - {"dense"}:
+    if alien := kinds - WHOLE - (FACTORED - {"sparse"}) - {"dense"}:
         names = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in alien)
         found.append(f"it is no plain LoRA but {names} (`loratool convert --to-lora` makes it one)")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):

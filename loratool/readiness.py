@@ -123,6 +123,7 @@ def readiness(adapter: Adapter, name: str, base: Checkpoint | None = None) -> Re
     subject = Subject(adapter, SERVERS[name], base)
     cures = Cures(subject)
     found = [*_limit_findings(subject, cures), *_rank_findings(subject, cures)]
+    found += _sparse_findings(subject, cures)
     told = {n for finding in found if finding.severity == "error" for n in finding.names}
     found += _place_findings(subject, cures, told)
     found.sort(key=lambda finding: finding.severity)  # "error" comes before "warning"
@@ -179,6 +180,16 @@ def _called(label: str, names: Sequence[str], subject: Subject) -> str:
     )
     is_counted = "{}" in label or "{tensors}" in label
     return f"{words} ({listed(list(names), 2)})" if is_counted else words
+
+
+def _sparse_findings(subject: Subject, cures: Cures) -> Iterator[Finding]:
+    """Single entries beside factors lie in a file of loratool's, which no server reads."""
+    names = tuple(update.name for update in subject.of_kinds("sparse"))
+    if names:
+        what = f"{counted(len(names), 'update')} with single entries ({listed(list(names), 2)})"
+        message = f"{what}: {subject.server.title} {_WORDS['ignores']}: it reads the factors alone"
+        cure, note = cures.one("to_lora"), cures.note("to_lora")
+        yield Finding("sparse", "ignores", message, names, cure, "to_lora", note)
 
 
 def _rank_findings(subject: Subject, cures: Cures) -> Iterator[Finding]:

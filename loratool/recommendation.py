@@ -79,7 +79,7 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
     }
     merged = _merged_rank(factored)
     rank_for = {share: smallest_rank(spectra, share) for share in (0.5, ENOUGH, 0.99)}
-    rank = merged or _worthwhile(kept, rank_for[ENOUGH])
+    rank = merged or min(_worthwhile(kept, rank_for[ENOUGH]), _most_above_noise(factored))
     needed = rank_for[ENOUGH].low
     if merged:
         look = "merged_lora"
@@ -99,6 +99,12 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
         rank_for,
         kept,
     )
+
+
+def _most_above_noise(factored: Sequence[Difference]) -> int:
+    """The most singular values of a matrix that are more than rounding; at least 1."""
+    above = [d.spectrum.above(d.edge).high for d in factored if d.spectrum is not None]
+    return max(1, int(max(above)))
 
 
 def factors_size(factored: Sequence[Difference], rank: int) -> int:
@@ -136,16 +142,16 @@ def _merged_rank(factored: Sequence[Difference]) -> int | None:
 
 
 def _worthwhile(kept: dict[int, float], needed: Range) -> int:
-    """A rank that keeps enough, or the last whose doubling was worth it.
+    """A rank that keeps enough, or the largest whose doubling was worth it.
 
     Above 8 the former is rounded up to a multiple of 8, as products of such sizes are fast.
     """
-    before = 0.0
-    chosen = 1
+    before, chosen = 0.0, 1
     for rank, share in kept.items():
-        if share - before < WORTH_DOUBLING:
-            return chosen
+        if share - before >= WORTH_DOUBLING:
+            chosen = rank
         if share >= ENOUGH and needed.is_exact:
-            return rank if rank <= _STEP else -(-int(needed.low) // _STEP) * _STEP
-        chosen, before = rank, share
+            fitting = rank if rank <= _STEP else -(-int(needed.low) // _STEP) * _STEP
+            return min(chosen, fitting) if share - before < WORTH_DOUBLING else fitting
+        before = share
     return chosen

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from loratool.adapter import LazyUpdate
+from loratool.adapter import LazyUpdate, without_entries
 from loratool.errors import Problem
 from loratool.linalg import RankPolicy
 from loratool.updates import FACTORED, KIND_NAMES, NEED_BASE
@@ -82,15 +82,17 @@ class Sorted:
     """The updates of an adapter by what a rescaling does to them.
 
     Attributes:
-        factored: those with factors A and B.
+        factored: those with factors A and B, without the single entries that some have besides.
         beside: changes of a bias beside such factors -> whose scale they share.
         others: further linear ones.
+        entries: names of those with factors that have single entries besides.
         problems: what cannot be rescaled as it is asked.
     """
 
     factored: Mapping[str, LazyUpdate]
     beside: Mapping[str, LazyUpdate] = field(default_factory=dict)
     others: Mapping[str, LazyUpdate] = field(default_factory=dict)
+    entries: frozenset[str] = frozenset()
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -101,7 +103,7 @@ class Sorted:
 
 def sort(updates: Mapping[str, LazyUpdate], request: Request) -> Sorted:
     """Decide from the kinds of updates what is done to each; what is set whole stays as it is."""
-    factored = {n: u for n, u in updates.items() if u.kind in FACTORED}
+    factored = {n: without_entries(u) for n, u in updates.items() if u.kind in FACTORED}
     beside: dict[str, LazyUpdate] = {}
     others: dict[str, LazyUpdate] = {}
     for name, update in updates.items():
@@ -113,7 +115,8 @@ def sort(updates: Mapping[str, LazyUpdate], request: Request) -> Sorted:
         else:
             others[name] = update
     problems = [*_not_linear(updates, request), *_without_factors(others, request)]
-    return Sorted(factored, beside, others, tuple(problems))
+    entries = frozenset(name for name, update in updates.items() if update.kind == "sparse")
+    return Sorted(factored, beside, others, entries, tuple(problems))
 
 
 def _not_linear(updates: Mapping[str, LazyUpdate], request: Request) -> Iterator[Problem]:

@@ -22,7 +22,7 @@ from loratool.lowrank import balanced, compress, exact_certificate, padded, roun
 from loratool.rank_choice import Factors, RankChoice
 from loratool.rescale_request import Request, Sorted
 from loratool.scaling import Unfactored, in_dtype, rank_of, rounding, times, under_scale
-from loratool.updates import KIND_NAMES, Dense, Experts, LoHa, LoKr, LowRank, tensors_of
+from loratool.updates import KIND_NAMES, Dense, Experts, LoHa, LoKr, LowRank, Sparse, tensors_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Rescaler:
         self._request = request
         self._sorted = updates
         self._label = label
-        beside = {weight.name for weight in updates.beside.values()}
+        beside = {weight.name for weight in updates.beside.values()} | updates.entries
         self._ranks = RankChoice(request, updates.factored, label, kept=beside)
         self.results: dict[str, Rescaled] = {}
         self.left_out: dict[str, float] = {}
@@ -82,8 +82,10 @@ class Rescaler:
         """The update that is computed when it is loaded; its rank is told where headers tell it."""
         result = replace(update, dtype=self._dtype(update), stored=())
         if update.name in self._sorted.factored:
-            rank = self._ranks.planned(update)
-            return replace(result, load=lambda: self._factors(update), rank=rank)
+            factors, rank = self._sorted.factored[update.name], self._ranks.planned(update)
+            if update.name in self._sorted.entries:
+                return replace(result, load=lambda: self._sparse(update, factors), rank=rank)
+            return replace(result, load=lambda: self._factors(factors), rank=rank)
         if (weight := self._sorted.beside.get(update.name)) is not None:
             return replace(result, load=lambda: self._bias(update, weight))
         if update.name in self._sorted.others:
@@ -115,6 +117,30 @@ class Rescaler:
             result.a.nbytes + result.b.nbytes,
         )
         return result
+
+    def _sparse(self, update: LazyUpdate, factors: LazyUpdate) -> Factors | Sparse | None:
+        """Factors with single entries beside them, which are as strong as the factors."""
+        found, result = update.load(), self._factors(factors)
+        if not isinstance(found, Sparse) or not isinstance(result, LowRank):
+            return result
+        require_sound(self._origin(update), found)
+        done = self.results[update.name]
+        # A scale of 0 tells no ratio: what is beside it then stays as it is.
+        strength = 1.0 if done.strength is None else done.strength
+        scale, values, certificate = found.scale * strength, found.values, done.certificate
+        if self._request.dtype is not None:
+            values = values.to(torch_dtype(self._request.dtype))
+            lost = (found.values.double() - values.double()).square().sum()
+            certificate = replace(
+                certificate, rounding=certificate.rounding + float(lost) * scale**2
+            )
+            if not is_finite(values):
+                raise InputError(
+                    f"{self._origin(update)}: its single entries overflow {self._dtype(update)}: "
+                    "choose a wider --dtype"
+                )
+        self.results[update.name] = replace(done, certificate=certificate)
+        return Sparse(result, found.positions, values, scale, certificate)
 
     def _parts(
         self, update: LazyUpdate, found: Sequence[LowRank], policy: RankPolicy | None

@@ -232,6 +232,24 @@ class _MappedFile:
         dtype = torch_dtype(entry.dtype)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
+        count = math.prod(entry.shape)
+        content = self.content(data_start + entry.end)
+        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=data_start + entry.begin)
+        return flat.view(entry.shape)
+
+    def raw(self, entry: Entry, data_start: int) -> memoryview:
+        """The bytes of a tensor."""
+        if entry.begin == entry.end:
+            return memoryview(b"")
+        begin, end = data_start + entry.begin, data_start + entry.end
+        return memoryview(self.content(end))[begin:end]
+
+    def content(self, end: int) -> mmap.mmap:
+        """The file's bytes.
+
+        Raises:
+            InputError: it cannot be mapped, or ends before `end`.
+        """
         if not self.maps:
             try:
                 with local(self.path).open("rb") as file:
@@ -240,13 +258,9 @@ class _MappedFile:
                     self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
             except (OSError, ValueError) as error:
                 raise InputError(f"{self.path}: cannot be mapped: {error}") from error
-        if data_start + entry.end > len(self.maps[0]):
+        if end > len(self.maps[0]):
             raise InputError(f"{self.path}: became shorter while it was read")
-        count = math.prod(entry.shape)
-        flat = torch.frombuffer(
-            self.maps[0], dtype=dtype, count=count, offset=data_start + entry.begin
-        )
-        return flat.view(entry.shape)
+        return self.maps[0]
 
 
 def lazy_tensors(path: Path, header: Header) -> dict[str, LazyTensor]:
@@ -258,6 +272,10 @@ def lazy_tensors(path: Path, header: Header) -> dict[str, LazyTensor]:
             yield mapped.tensor(entry, header.data_start)
 
         extent = Extent(path, header.data_start + entry.begin, entry.end - entry.begin)
-        return LazyTensor(entry.name, entry.dtype, entry.shape, blocks, str(path), extent)
+
+        def raw() -> memoryview:
+            return mapped.raw(entry, header.data_start)
+
+        return LazyTensor(entry.name, entry.dtype, entry.shape, blocks, str(path), extent, raw)
 
     return {entry.name: lazy(entry) for entry in header.entries}

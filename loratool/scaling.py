@@ -11,7 +11,7 @@ from loratool.deltas import delta_of
 from loratool.dtypes import torch_dtype
 from loratool.linalg import Certificate
 from loratool.rounding import TILE_ELEMENTS
-from loratool.updates import Dense, LoHa, LoKr, LowRank, Product, Update
+from loratool.updates import Dense, LoHa, LoKr, LowRank, Product, Sparse, Update
 
 Unfactored = Dense | LoHa | LoKr
 
@@ -73,7 +73,7 @@ def rounding(before: Unfactored, after: Unfactored, shape: Sequence[int]) -> Cer
 
 
 def squared_norm(
-    parts: Sequence[tuple[LowRank | Unfactored, float]], shape: Sequence[int]
+    parts: Sequence[tuple[LowRank | Sparse | Unfactored, float]], shape: Sequence[int]
 ) -> float:
     """||delta||_F^2 of a weighted sum of updates of one weight, in fp64.
 

@@ -2,7 +2,8 @@
 
 The values that are not known are bounded by three facts: there are `count - len(sigma)` of them,
 the sum of their squares is `total` less the known squares, and none is larger than the last known
-one. Every answer that they leave open is a pair (low, high) that holds it.
+one. A sum below a millionth of the total, which fp32 cannot tell, counts as 0. Every answer that
+they leave open is a pair (low, high) that holds it.
 """
 
 from __future__ import annotations

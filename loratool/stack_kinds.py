@@ -20,6 +20,7 @@ from loratool.updates import (
 # What an update does to a weight, for messages.
 _DOES: Mapping[Kind, str] = {
     "low_rank": "adds a low-rank update to it",
+    "sparse": "adds a low-rank update and single entries to it",
     "experts": "adds low-rank updates of experts to it",
     "dense": "adds a full-size delta to it",
     "rows": "replaces rows of it",
@@ -79,7 +80,8 @@ def _is_whole_matrix(update: LazyUpdate) -> bool:
 
 def _contradiction(name: str, one: Share, other: Share) -> str:
     """Why two shares cannot become one update; "" if they can."""
-    if one.update.kind != other.update.kind:
+    kinds = {one.update.kind, other.update.kind}
+    if len(kinds) > 1 and kinds != {"low_rank", "sparse"}:
         first, second = sorted((one, other), key=lambda share: share.update.kind)
         return (
             f"{first.label} {_DOES[first.update.kind]} and {second.label} "

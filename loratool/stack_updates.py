@@ -13,7 +13,7 @@ from loratool.dtypes import FLOAT_NAMES, itemsize
 from loratool.errors import MismatchError
 from loratool.stack_kinds import Share, is_vector, widest
 from loratool.stack_plan import StackPlan
-from loratool.updates import Experts, LowRank, matrix_shape
+from loratool.updates import Experts, Kind, LowRank, Sparse, matrix_shape
 
 if TYPE_CHECKING:
     from loratool.stacking import Stacker
@@ -78,6 +78,7 @@ def _folds_exactly(plan: StackPlan, shares: Sequence[Share]) -> bool:
         if plan.adapters[share.number].path is None:
             return False  # only computing it would tell its scale
         found = share.update.load()  # maps the factors, reads none
+        found = found.added if isinstance(found, Sparse) else found
         if isinstance(found, LowRank | Experts) and found.scale != 0:
             factors.append(abs(share.weight * found.scale))
     return all(math.frexp(factor / min(factors))[0] == 0.5 for factor in factors)
@@ -95,7 +96,8 @@ def combined_updates(
         context: gets the values of what is replaced whole, as they are loaded.
 
     Raises:
-        MismatchError: the combiner needs equal ranks, and two differ.
+        MismatchError: the combiner needs equal ranks, and two differ; or it is no sum, and there
+            are single entries.
     """
     return {
         name: _combined(name, shares, stacker, dtypes, context)
@@ -126,17 +128,37 @@ def _combined(
                 dtype,
                 lambda: stacker.combine_vectors(name, shares, dtype),
             )
+    kind = _factored_kind(stacker, name, shares)
+    wide = "F64" if dtypes.factors == "F64" else dtypes.vectors
     return LazyUpdate(
         name,
-        first.kind,
+        kind,
         widest(shares),
         dtypes.factors,
-        lambda: stacker.combine(name, shares, dtypes.factors),
+        lambda: stacker.combine(name, shares, dtypes.factors, wide),
         rank=_rank(stacker, name, shares),
         transposed=_transposed(shares),
         beneath=next((s.update.beneath for s in shares if s.update.beneath), None),
         embedding=any(share.update.embedding for share in shares),
     )
+
+
+def _factored_kind(stacker: Stacker, name: str, shares: Sequence[Share]) -> Kind:
+    """The kind of the result of updates with factors.
+
+    Raises:
+        MismatchError: there are single entries beside factors, and the combiner is no sum.
+    """
+    entries = next((share for share in shares if share.update.kind == "sparse"), None)
+    if entries is None:
+        return shares[0].update.kind
+    if not getattr(stacker.combiner, "exact", False):
+        raise MismatchError(
+            f"{name}: {entries.label} has single entries beside its factors, which only a sum "
+            "(--combiner total) can take: make plain LoRA of it first (`loratool convert "
+            "--to-lora`)"
+        )
+    return "sparse"
 
 
 def _later(task: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from loratool.checkpoint import LazyTensor
+from loratool.deltas import summed_entries
 from loratool.dtypes import torch_dtype
 from loratool.errors import InputError, MismatchError
 from loratool.experts import gathered, matrices
@@ -18,7 +19,7 @@ from loratool.linalg import Factorizer, RankPolicy, is_finite, named_generator
 from loratool.lowrank import rounded_factors, weighted
 from loratool.plugins import Combiner
 from loratool.stack_kinds import Share, different_replacements
-from loratool.updates import Dense, Experts, LowRank, Replacement, Rows, tensors_of
+from loratool.updates import Dense, Experts, LowRank, Replacement, Rows, Sparse, tensors_of
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,18 @@ class Stacker:
     def __post_init__(self) -> None:
         object.__setattr__(self, "interference", Collector(self.names))
 
-    def combine(self, name: str, shares: Sequence[Share], dtype: str) -> LowRank | Experts | None:
-        """One update of several with factors, in a safetensors dtype; None if none changes.
+    def combine(
+        self, name: str, shares: Sequence[Share], dtype: str, entries: str
+    ) -> LowRank | Sparse | Experts | None:
+        """One update of several with factors; None if none changes.
 
-        Experts are combined one by one, and get one rank.
+        Experts are combined one by one, and get one rank. Single entries are added up.
+
+        Args:
+            name: of the tensor.
+            shares: of adapters that change it.
+            dtype: safetensors dtype of the factors.
+            entries: of single entries beside them.
 
         Raises:
             InputError: NaN or Inf in a factor, or a result that overflows `dtype`.
@@ -54,7 +63,7 @@ class Stacker:
         present = [(share, found) for share in shares if (found := _factors(share)) is not None]
         if not present:
             return None
-        split = [matrices(found) for _, found in present]
+        split = [matrices(_factors_of(found)) for _, found in present]
         weights = [share.weight for share, _ in present]
         self.interference.add(
             name,
@@ -63,8 +72,10 @@ class Stacker:
                 for (share, _), parts in zip(present, split, strict=True)
             },
         )
-        if isinstance(present[0][1], LowRank):
-            return self._combined(name, name, [parts[0] for parts in split], weights, dtype)
+        if not isinstance(present[0][1], Experts):
+            whole = self._combined(name, name, [parts[0] for parts in split], weights, dtype)
+            sparse = [(u, share.weight) for share, u in present if isinstance(u, Sparse)]
+            return _with_entries(name, whole, sparse, entries) if sparse else whole
         experts = [
             self._combined(name, f"{name}[{number}]", parts, weights, dtype)
             for number, parts in enumerate(zip(*split, strict=True))
@@ -108,9 +119,24 @@ class Stacker:
         return Dense(values)
 
 
-def _factors(share: Share) -> LowRank | Experts | None:
+def _with_entries(
+    name: str, added: LowRank, sparse: Sequence[tuple[Sparse, float]], dtype: str
+) -> Sparse:
+    """A low-rank update with the weighted sum of the single entries of several updates."""
+    positions, total = summed_entries(sparse)
+    values = total.to(torch_dtype(dtype))
+    if not is_finite(values):
+        raise InputError(f"{name}: the single entries overflow {dtype}; choose a wider --dtype")
+    return Sparse(added, positions, values, certificate=added.certificate)
+
+
+def _factors_of(update: LowRank | Sparse | Experts) -> LowRank | Experts:
+    return update.added if isinstance(update, Sparse) else update
+
+
+def _factors(share: Share) -> LowRank | Sparse | Experts | None:
     found = share.update.load()
-    if not isinstance(found, LowRank | Experts):
+    if not isinstance(found, LowRank | Sparse | Experts):
         return None
     _require_finite(share, found)
     return found
@@ -124,7 +150,7 @@ def _vector(share: Share) -> Dense | None:
     return found
 
 
-def _require_finite(share: Share, update: LowRank | Experts | Dense) -> None:
+def _require_finite(share: Share, update: LowRank | Sparse | Experts | Dense) -> None:
     for part, values in tensors_of(update):
         if not _holds_finite(values):
             origin = share.update.origin or share.label

@@ -18,7 +18,7 @@ from loratool.servers import Server
 # `rescale --normalize`; a merge, where no adapter can do; or how the server is started.
 Cure = Literal["format", "to_lora", "lora_only", "drop", "normalize", "merge", "start"]
 
-FACTORS = ("low_rank", "experts", "dora")  # kinds of update with a rank
+FACTORS = ("low_rank", "sparse", "experts", "dora")  # kinds of update with a rank
 _METHODS = ("loha", "lokr", "ia3", "dense")
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -44,7 +44,8 @@ class Subject:
     @property
     def on_modules(self) -> list[LazyUpdate]:
         """The updates in factors that are of modules' weights, not of other parameters."""
-        return [u for u in self.of_kinds("low_rank", "dora") if u.name.endswith(".weight")]
+        found = self.of_kinds("low_rank", "sparse", "dora")
+        return [update for update in found if update.name.endswith(".weight")]
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -130,11 +131,12 @@ def _added_tokens(subject: Subject) -> list[str]:
 
 
 def _embedding(subject: Subject) -> list[str]:
-    return [u.name for u in subject.of_kinds("low_rank", "dora") if u.embedding]
+    return [u.name for u in subject.of_kinds("low_rank", "sparse", "dora") if u.embedding]
 
 
 def _convolution(subject: Subject) -> list[str]:
-    return [u.name for u in subject.of_kinds("low_rank", "dora") if len(u.shape) > 2]
+    found = subject.of_kinds("low_rank", "sparse", "dora")
+    return [update.name for update in found if len(update.shape) > 2]
 
 
 def _experts(subject: Subject) -> list[str]:

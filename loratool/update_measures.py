@@ -27,6 +27,7 @@ from loratool.updates import (
     Product,
     Replacement,
     Rows,
+    Sparse,
     matrix_shape,
     tensors_of,
 )
@@ -42,7 +43,8 @@ class MeasuredUpdate:
         parameters: elements of its tensors.
         norm: ||delta||_F; None where it depends on the base, or cannot be had.
         experts: the singular values of each matrix of a low-rank update, or of experts; fp64,
-            descending.
+            descending. Single entries beside the factors are not in them.
+        entries: how many single entries it has beside its factors.
         fault: why its delta cannot be had, "" otherwise.
         digests: stored tensor -> its digest.
     """
@@ -52,6 +54,7 @@ class MeasuredUpdate:
     parameters: int = 0
     norm: float | None = None
     experts: tuple[tuple[float, ...], ...] = ()
+    entries: int = 0
     fault: str = ""
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -84,7 +87,7 @@ def measure_update(update: LazyUpdate) -> MeasuredUpdate:
     found = update.load()
     if found is None or isinstance(found, Rows | Replacement):
         return MeasuredUpdate(fault="there is nothing to change", digests=digests)
-    added = found.added if isinstance(found, DoRA) else found
+    added = found.added if isinstance(found, DoRA | Sparse) else found
     scale = None if isinstance(added, IA3) else added.scale
     rank = rank_of(found)
     parameters = sum(tensor.numel() for _, tensor in tensors_of(found))
@@ -97,6 +100,12 @@ def measure_update(update: LazyUpdate) -> MeasuredUpdate:
         spectra = tuple(map(tuple, parts))
         return MeasuredUpdate(scale, rank, parameters, norm, spectra, digests=digests)
     norm = math.sqrt(squared_norm([(found, 1.0)], update.shape))
+    if isinstance(found, Sparse):
+        spectrum = tuple(singular_values([weighted(found.added)]).tolist())
+        number = found.values.numel()
+        return MeasuredUpdate(
+            scale, rank, parameters, norm, (spectrum,), entries=number, digests=digests
+        )
     return MeasuredUpdate(scale, rank, parameters, norm, digests=digests)
 
 
@@ -131,7 +140,7 @@ def misfit(update: Added, shape: Sequence[int]) -> str:
         case Dense():
             if update.values.numel() != math.prod(shape):
                 return "its values do not have the weight's shape"
-        case DoRA():
+        case DoRA() | Sparse():
             return misfit(update.added, shape)
     return ""
 

@@ -16,6 +16,7 @@ from loratool.update_measures import MeasuredUpdate
 # In a table's narrow column; `loratool.updates.KIND_NAMES` has the whole names.
 _SHORT = {
     "low_rank": "low-rank",
+    "sparse": "low-rank + entries",
     "experts": "low-rank",
     "dense": "full-size",
     "loha": "LoHa",
@@ -55,6 +56,7 @@ def update_facts(adapter: Adapter, name: str, found: MeasuredUpdate) -> dict[str
         "scale": found.scale,
         "dtype": update.dtype,
         "parameters": found.parameters,
+        "entries": found.entries,
         "dense_parameters": math.prod(update.shape) or None,
         "bytes": sum(tensor.nbytes for tensor in update.stored),
         "norm": found.norm,

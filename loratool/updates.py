@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal[
-    "low_rank", "experts", "dense", "loha", "lokr", "dora", "ia3", "rows", "replacement"
+    "low_rank", "sparse", "experts", "dense", "loha", "lokr", "dora", "ia3", "rows", "replacement"
 ]  # fmt: skip
 
 # What a person calls them.
 KIND_NAMES: dict[Kind, str] = {
     "low_rank": "low-rank update",
+    "sparse": "low-rank and sparse update",
     "experts": "low-rank update of experts",
     "dense": "full-size delta",
     "loha": "LoHa update",
@@ -40,15 +41,15 @@ KIND_NAMES: dict[Kind, str] = {
     "rows": "table with replaced rows",
     "replacement": "tensor kept whole",
 }
-LINEAR: frozenset[str] = frozenset({"low_rank", "experts", "dense", "loha", "lokr"})
+LINEAR: frozenset[str] = frozenset({"low_rank", "sparse", "experts", "dense", "loha", "lokr"})
 WHOLE: frozenset[str] = frozenset({"rows", "replacement"})  # set values, whatever the base has
 NEED_BASE: frozenset[str] = frozenset({"dora", "ia3"})  # their deltas depend on the base's values
 # What is made of factors A and B, whose rank can be cut.
-FACTORED: frozenset[str] = frozenset({"low_rank", "experts"})
+FACTORED: frozenset[str] = frozenset({"low_rank", "sparse", "experts"})
 # What everybody calls LoRA.
 LORA: frozenset[str] = FACTORED | {"dora"}
 # What plain low-rank updates can be made of, where it is for more than a vector.
-FACTORABLE: frozenset[str] = frozenset({"dense", "loha", "lokr", "dora", "ia3"})
+FACTORABLE: frozenset[str] = frozenset({"sparse", "dense", "loha", "lokr", "dora", "ia3"})
 _PLURAL = re.compile(r"(update|delta|scaling|table|tensor)\b")
 
 
@@ -78,6 +79,12 @@ def elements_a_rank(kind: Kind, shape: Sequence[int]) -> int:
     return sum(matrix_shape(shape))
 
 
+def entries_of(wanted: float, elements: int) -> int:
+    """How many of a matrix's elements a number, or below 1 a share, means: at least one."""
+    number = round(wanted * elements) if wanted < 1 else int(wanted)
+    return max(1, min(number, elements))
+
+
 @dataclass(frozen=True)
 class LowRank:
     """delta = scale * B @ A (Hu et al., 2021, "LoRA", section 4.1).
@@ -103,6 +110,49 @@ class LowRank:
     def transposed(self) -> LowRank:
         """The update of the transposed weight."""
         return replace(self, a=self.b.T, b=self.a.T)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """delta = added + scale * (`values` at `positions`, 0 elsewhere).
+
+    Attributes:
+        added: what single entries correct, with a scale of its own.
+        positions: (k,) int64, ascending and all different: places in the weight as a matrix
+            (out, in), or (out, in * kernel), row by row.
+        values: (k,), any float dtype.
+        scale: of the values.
+        certificate: of factors and entries together, if they were extracted just now.
+    """
+
+    kind: ClassVar[Kind] = "sparse"
+    added: LowRank
+    positions: torch.Tensor
+    values: torch.Tensor
+    scale: float = 1.0
+    certificate: Certificate | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank part."""
+        return self.added.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the delta, as a matrix."""
+        return int(self.added.b.shape[0]), int(self.added.a.shape[1])
+
+    def transposed(self) -> Sparse:
+        """The update of the transposed weight."""
+        rows, columns = self.shape
+        places = self.positions % columns * rows + self.positions // columns
+        order = places.argsort()
+        return replace(
+            self,
+            added=self.added.transposed(),
+            positions=places[order],
+            values=self.values[order],
+        )
 
 
 @dataclass(frozen=True)
@@ -224,7 +274,7 @@ class LoKr:
         return replace(self, one=self.one.transposed(), other=self.other.transposed())
 
 
-Linear = LowRank | Experts | Dense | LoHa | LoKr
+Linear = LowRank | Sparse | Experts | Dense | LoHa | LoKr
 
 
 @dataclass(frozen=True)
@@ -302,6 +352,11 @@ def tensors_of(update: Added) -> list[tuple[str, torch.Tensor]]:
     match update:
         case LowRank() | Experts():
             return [("lora_A", update.a), ("lora_B", update.b)]
+        case Sparse():
+            factors = tensors_of(update.added)
+            if not update.values.numel():
+                return factors
+            return [*factors, ("the single entries", update.values)]
         case Dense():
             return [("the delta", update.values)]
         case LoHa() | LoKr():

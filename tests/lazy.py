@@ -17,6 +17,7 @@ from loratool.updates import (
     LowRank,
     Replacement,
     Rows,
+    Sparse,
     Update,
     tensors_of,
 )
@@ -60,7 +61,7 @@ def adapter_of(found: Mapping[str, Given], **fields: Any) -> Adapter:
             dtype = update.tensor.dtype
         else:
             dtype = dtype_name(tensors_of(update)[0][1].dtype)
-        added = update.added if isinstance(update, DoRA) else update
+        added = update.added if isinstance(update, DoRA | Sparse) else update
         rank = added.rank if isinstance(added, LowRank | Experts) else None
         indices = update.indices if isinstance(update, Rows) else ()
         return LazyUpdate(name, update.kind, shape, dtype, lambda: update, rank=rank, rows=indices)

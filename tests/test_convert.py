@@ -40,7 +40,7 @@ from tests import updates as some
 from tests.updates import Shape
 
 common = settings(derandomize=True, deadline=None, max_examples=25)
-linear = st.one_of(some.lohas(), some.lokrs(), some.based())
+linear = st.one_of(some.lohas(), some.lokrs(), some.sparses(), some.based())
 
 
 def single(update: Update) -> Update:

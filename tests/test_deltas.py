@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratool.deltas import delta_of, matrix_shape
 from loratool.updates import IA3, Added, Dense, DoRA, Experts, LowRank
-from tests.updates import based, delta, lohas, lokrs, randn
+from tests.updates import based, delta, lohas, lokrs, randn, sparses
 
 Shape = tuple[int, ...]
 
@@ -47,7 +47,7 @@ def wanted(update: Added, shape: Shape, base: torch.Tensor) -> torch.Tensor:
     return delta(update, shape, base).view(shape)
 
 
-ANY = st.one_of(low_ranks(), experts(), lohas(), lokrs(), based())
+ANY = st.one_of(low_ranks(), experts(), lohas(), lokrs(), sparses(), based())
 
 
 @settings(deadline=None)
@@ -103,7 +103,7 @@ def test_an_update_of_another_size_is_an_error() -> None:
 
 
 @settings(deadline=None)
-@given(st.one_of(lohas(), lokrs(), low_ranks()), st.integers(0, 99))
+@given(st.one_of(lohas(), lokrs(), low_ranks(), sparses()), st.integers(0, 99))
 def test_the_transposed_update_has_the_transposed_delta(
     case: tuple[Added, Shape], seed: int
 ) -> None:

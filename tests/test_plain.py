@@ -21,6 +21,7 @@ from loratool.updates import (
     LoKr,
     LowRank,
     Product,
+    Sparse,
     matrix_shape,
     tensors_of,
 )
@@ -28,7 +29,7 @@ from tests import updates as some
 from tests.updates import Shape
 
 common = settings(derandomize=True, deadline=None, max_examples=40)
-any_update = st.one_of(some.lohas(), some.lokrs(), some.based())
+any_update = st.one_of(some.lohas(), some.lokrs(), some.sparses(), some.based())
 
 
 def base_of(shape: Shape) -> torch.Tensor:
@@ -38,7 +39,7 @@ def base_of(shape: Shape) -> torch.Tensor:
 def plainly(
     update: Added, shape: Shape, aim: plain.Aim, factorizer: str = "exact", name: str = "w"
 ) -> LowRank:
-    assert isinstance(update, LowRank | Dense | LoHa | LoKr | DoRA | IA3)
+    assert isinstance(update, LowRank | Sparse | Dense | LoHa | LoKr | DoRA | IA3)
     tools = plain.Tools(plugins.create("factorizers", factorizer), named_generator(0, name))
     return plain.low_rank(update, shape, aim, tools, base_of(shape))
 

@@ -325,6 +325,8 @@ def test_progress_is_told_step_by_step(tmp_path, pairs) -> None:
         ({"refine": 5, "calibrate": "x", "refine_penalty": -1.0}, "penalty"),
         ({"refine": 5, "calibrate": "x", "refine_loss": "l1"}, "kl or mse"),
         ({"refine_penalty": 1.0}, "--refine STEPS"),
+        ({"refine": 5, "calibrate": "x", "sparse": 10.0}, "leave --sparse out"),
+        ({"refine": 5, "calibrate": "x", "rank": None, "ranks": [1, 2]}, "leave one out"),
     ],
 )
 def test_options_that_make_no_sense_are_usage_errors(pairs, options, message) -> None:

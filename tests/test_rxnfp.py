@@ -43,6 +43,23 @@ def spectra(states) -> dict[str, torch.Tensor]:
     return found
 
 
+def test_several_ranks_from_one_pass_reach_their_optima(tmp_path, states, spectra) -> None:
+    base, tuned = states
+    ranks = (4, 8, 16, 32)
+    report = loratool.extract(RXNFP_BASE, RXNFP_TUNED, ranks=ranks).save(tmp_path / "out")
+    for rank in ranks:
+        factors = load_file(tmp_path / "out" / f"rank-{rank}" / "adapter_model.safetensors")
+        told = report.data["adapters"][f"rank-{rank}"]["tensors"]
+        for name, energies in spectra.items():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            b, a = (factors[f"{module}.lora_{side}.weight"].double() for side in "BA")
+            delta = tuned[name].double() - base[name].double()
+            total = float(energies.sum())
+            captured = total - float((delta - b @ a).square().sum())
+            assert captured >= 0.999 * float(energies[:rank].sum()), (rank, name)
+            assert told[name]["energy"] == pytest.approx(captured / total, abs=1e-4)
+
+
 @pytest.mark.parametrize("rank", [4, 16, 64])
 def test_every_matrix_reaches_its_optimum(tmp_path, states, spectra, rank: int) -> None:
     base, tuned = states

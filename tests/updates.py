@@ -17,10 +17,12 @@ from loratool.updates import (
     LoKr,
     LowRank,
     Product,
+    Sparse,
     matrix_shape,
 )
 
 Shape = tuple[int, ...]
+F32 = torch.float32
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:
@@ -59,6 +61,24 @@ def shapes(draw: st.DrawFn, top: int = 14) -> Shape:
 _SEEDS = st.integers(0, 10_000)
 _RANKS = st.integers(1, 4)
 _SCALES = st.sampled_from([1.0, 2.0, 16 / 3, 0.1, -0.7])
+
+
+def sparse(
+    seed: int, shape: Shape, rank: int, count: int, scale: float = 1.0, kind: torch.dtype = F32
+) -> Sparse:
+    """A low-rank update of a weight of `shape`, with single entries at random places."""
+    rows, columns = matrix_shape(shape)
+    added = LowRank(randn(seed, rank, columns).to(kind), randn(seed + 1, rows, rank).to(kind), 0.5)
+    places = randn(seed + 2, rows * columns).argsort()[: min(count, rows * columns)].sort().values
+    return Sparse(added, places, randn(seed + 3, len(places)).to(kind), scale)
+
+
+@st.composite
+def sparses(draw: st.DrawFn) -> tuple[Sparse, Shape]:
+    """Low-rank updates with single entries."""
+    shape = draw(shapes())
+    count = draw(st.integers(0, math.prod(shape)))
+    return sparse(draw(_SEEDS), shape, draw(_RANKS), count, draw(_SCALES)), shape
 
 
 @st.composite
@@ -119,6 +139,10 @@ def delta(update: Added, shape: Shape, base: torch.Tensor | None = None) -> torc
             return update.scale * update.b.double() @ update.a.double()
         case Dense():
             return update.scale * update.values.double().reshape(matrix_shape(shape))
+        case Sparse():
+            found = delta(update.added, shape)
+            found.view(-1)[update.positions] += update.scale * update.values.double()
+            return found
         case LoHa():
             return update.scale * matrix(update.one) * matrix(update.other)
         case LoKr():

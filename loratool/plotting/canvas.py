@@ -27,7 +27,7 @@ GREY = "#666666"
 
 _STYLE: dict[str, Any] = {
     "font.size": 10,
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "sans-serif"],
     "path.simplify_threshold": 0.3,
     "axes.titlesize": 11,
     "axes.labelsize": 10,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Points of all lines of a panel together, and of each at least: SVG files stay small.
-_POINTS, _LEAST_POINTS = 1200, 12
+_POINTS, _LEAST_POINTS = 640, 9
 _DECADES = 1e4  # from the largest to the smallest singular value in the picture
 _SHOWN_LAYERS = 24  # numbers under a heat map; of more layers every other, fifth, tenth, ...
 
@@ -146,7 +147,7 @@ def spectra(axes: Axes, lines: Sequence[Line], title: str, edges: Sequence[float
     colours = _line_colours(axes, lines)
     each = max(_LEAST_POINTS, _POINTS // max(1, len(lines)))
     for line, colour in zip(lines, colours, strict=True):
-        places = _spaced(len(line.sigma), each)
+        places = sorted({*_spaced(len(line.sigma), each), *_drop(line.sigma)})
         axes.plot(
             [place + 1 for place in places],
             [line.sigma[place] for place in places],
@@ -187,6 +188,15 @@ def _noise(axes: Axes, edges: Sequence[float]) -> None:
         words, (0.01, middle), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="left", va="bottom", color="#333333", fontsize=9,
     )  # fmt: skip
+
+
+def _drop(sigma: Sequence[float]) -> tuple[int, ...]:
+    """The two places between which the values fall most, before they vanish at the end."""
+    ratios = [one / other for one, other in pairwise(sigma[: len(sigma) // 2])]
+    if not ratios:
+        return ()
+    place = ratios.index(max(ratios))
+    return place, place + 1
 
 
 def _line_colours(axes: Axes, lines: Sequence[Line]) -> list[Any]:

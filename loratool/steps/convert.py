@@ -10,7 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
-from loratool.adapter import Adapter, FormatOptions, LazyUpdate, Provenance
+from loratool.adapter import (
+    Adapter,
+    FormatOptions,
+    LazyUpdate,
+    Provenance,
+    without_entries,
+)
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.engine import refusals
@@ -44,7 +50,7 @@ _CONVOLUTION = re.compile(
 # it the smallest rank up to the same for this share of ||delta||^2.
 _USUAL_RANK = 64
 _USUAL_ENERGY = 0.999
-_FACTORS = ("low_rank", "experts")  # kinds of update that --lora-only keeps
+_FACTORS = ("low_rank", "sparse", "experts")  # kinds of update that --lora-only keeps
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class Convert:
             planned = {n: u for n, u in planned.items() if n not in left_out}
             if not planned:
                 raise InputError(f"{adapter.label}: has no low-rank update: nothing would be left")
+        bare = self._without_entries(planned, self.format or adapter.format)
+        planned, kept = planned | bare, kept | bare
         changed = {n: KIND_NAMES[kept[n].kind] for n in planned if planned[n] is not kept[n]}
         result = replace(
             _without(adapter, left_out),
@@ -195,6 +203,11 @@ class Convert:
         )
         faults = _grouped_convolutions(changed, below)
         result, dropped = self._fitting(result, adapter.label, faults)
+        if bare:
+            dropped = (
+                *dropped,
+                f"left out: the single entries of {some(list(bare))}: what they change is lost",
+            )
         notes = (*adapter.notes, *dropped, *self._notes(kept, left_out, converter))
         return replace(
             result,
@@ -202,6 +215,15 @@ class Convert:
             provenance=self._provenance(adapter, result, converter, changed),
             facts=lambda: _facts(self, adapter, converter),
         )
+
+    def _without_entries(
+        self, planned: Mapping[str, LazyUpdate], format: str
+    ) -> dict[str, LazyUpdate]:
+        """The factors alone of updates whose single entries are to be left out."""
+        writer = plugins.create("adapter_formats", format)
+        if not (self.lora_only or (self.drop and "sparse" not in writer.carries)):
+            return {}
+        return {n: without_entries(u) for n, u in planned.items() if u.kind == "sparse"}
 
     def _converter(self, adapter: Adapter) -> Converter:
         from loratool.converting import Aim, Converter

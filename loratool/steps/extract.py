@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool import plugins
 from loratool.adapter import MODEL_FILES, Adapter, LazyUpdate, Provenance
+from loratool.ahead import DigestsAhead
 from loratool.alignment import parse_moves
 from loratool.card import is_hub_name
 from loratool.checkpoint import Checkpoint
+from loratool.delta import DeltaReader
+from loratool.devices import CPU, check_device
 from loratool.dtypes import FLOAT_NAMES, parse_float_dtype
 from loratool.errors import InputError, UsageError
-from loratool.linalg import Factorizer, RankPolicy
-from loratool.pairing import Change, Pair, Selection, pair_models
+from loratool.extraction import Extraction, factor_dtype, tied_heads
+from loratool.extraction_ranks import ladder, within_budget
+from loratool.ladder import Ladder
+from loratool.linalg import Factorizer, FormedFactorizer
+from loratool.pairing import Pair, Selection, pair_models
 from loratool.plugins import Operand, option
+from loratool.rank_options import RankOptions
+from loratool.representation import Advisor
 from loratool.respelling import named_for
-from loratool.skeleton import (
-    architecture_of,
-)
+from loratool.skeleton import architecture_of
 from loratool.training import DEFAULT_RATE, MEASURES, Training
-from loratool.updates import matrix_shape, swapped
 
 if TYPE_CHECKING:
     from loratool.calibrated import Calibration
-    from loratool.delta import DeltaReader
-    from loratool.updates import Experts, LowRank
-
-_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,57 @@ class Extract:
     )
     output: ClassVar[str] = "{finetuned}-lora"
 
-    rank: int | None = option(None, "rank of every update (default: 16, without --energy)")
+    rank: int | None = option(
+        None, "rank of every update, and the most where another option chooses (default: 16)"
+    )
     energy: float | None = option(
         None, "keep the smallest rank that captures this share of ||delta||^2; --rank caps it"
     )
+    ratio: float | None = option(
+        None, "keep the singular values of at least the largest divided by this"
+    )
+    noise_floor: bool = option(
+        False, "keep the singular values above the rounding noise of the fine-tune's type"
+    )
+    budget: str | None = option(
+        None, "bytes of all weights of the adapter, factors getting what is not kept whole, spent "
+        "where they capture most", metavar="64MiB",
+    )  # fmt: skip
+    weigh: str | None = option(
+        None, "what --budget captures most of: the energy of all updates together, or the shares "
+        "of each update's own, which all count the same (default: energy)",
+        choices=("energy", "relative"),
+    )  # fmt: skip
+    max_rank: int | None = option(
+        None, "the largest rank that --energy, --ratio, --noise-floor or --budget may choose "
+        "(default with --budget: 256)",
+    )  # fmt: skip
+    ranks: str | None = option(
+        None, "write an adapter of each of these ranks in one pass: OUTPUT/rank-4, ...",
+        metavar="4,8,16",
+    )  # fmt: skip
     target: tuple[str, ...] = option(
         (), "only tensors whose name matches this glob", metavar="GLOB"
     )
     exclude: tuple[str, ...] = option((), "no tensor whose name matches this glob", metavar="GLOB")
     factorizer: str = option("krylov", "how to factorize", kind="factorizers")
+    compute: str | None = option(
+        None, "precision of the products that find directions; auto is bf16 where the processor "
+        "multiplies it natively (default: the factorizer's own)",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    device: str = option("cpu", "where to compute, as torch names it: cpu, cuda, cuda:1")
     seed: int = option(0, "seed of the factorizer's random start")
     dtype: str | None = option(
         None, "type of the factors (default: bf16 for bf16 models, else fp32)",
         choices=tuple(FLOAT_NAMES),
     )  # fmt: skip
+    sparse: float | None = option(
+        None,
+        "keep this many of the largest entries that low rank leaves out of each matrix, or below "
+        "1 this share of its entries, in a file of their own",
+        metavar="K",
+    )
     lora_only: bool = option(
         False, "leave out what is not a low-rank update (heads, norms, biases, embeddings)"
     )
@@ -86,6 +126,7 @@ class Extract:
         None, "cut samples to so many tokens (default: 512, or what the model takes)"
     )
     tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
+
     refine: int | None = option(
         None, "train the factors by so many steps to answer --calibrate's inputs as the fine-tune",
         metavar="STEPS",
@@ -104,40 +145,99 @@ class Extract:
 
     def __post_init__(self) -> None:
         self._check_calibration()
-        rank_policy(self.rank, self.energy)  # a wrong value is told before anything is opened
+        self._ranks()  # a wrong value is told before anything is opened
         parse_moves(self.map)
-        plugins.create("adapter_formats", self.format)
+        writer = plugins.create("adapter_formats", self.format)
+        if self.sparse is not None:
+            self._check_sparse(self.sparse, "sparse" in writer.carries)
         self._training()
 
-    def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter:
+    def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter | Ladder:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
+
+        Returns:
+            The adapter; with `ranks`, one for each.
 
         Raises:
             MismatchError: the two do not belong together.
+            InputError: nothing is left to extract, or the budget is too small.
             UsageError: an option's value makes no sense.
         """
-        policy = rank_policy(self.rank, self.energy)
-        dtype = parse_float_dtype(self.dtype) if self.dtype else None
-        factorizer: Factorizer = plugins.create("factorizers", self._factorizer)
+        options = self._ranks()
         pair = pair_models(base, finetuned, self._selection())
-        from loratool.delta import DeltaReader
+        extraction = self._extraction(base, finetuned, pair, options)
+        low_rank, whole = extraction.updates()
+        build = partial(self._adapter, self._base_name(base), extraction)
+        if options.ladder:
+            found = ladder(pair, extraction.reader, low_rank, whole, options, build)
+            return Ladder({rank: self._named(a, base) for rank, a in found.adapters.items()})
+        if options.budget is not None:
+            adapter = within_budget(pair, extraction.reader, low_rank, whole, options, build)
+        else:
+            adapter = build(low_rank, whole, options.facts())
+        if training := self._training():
+            adapter = self._refined(adapter, training, pair, base, finetuned)
+        return self._named(adapter, base)
 
-        reader = DeltaReader(factorizer, policy, self.seed)
-        calibration = self._calibration(base, finetuned, pair, dtype)
-        low_rank, whole = _updates(pair, reader, policy, dtype, calibration)
-        tensors = pair.finetuned
-        tied = _tied_heads(pair, low_rank)
+    def _extraction(
+        self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, options: RankOptions
+    ) -> Extraction:
+        dtype = parse_float_dtype(self.dtype) if self.dtype else None
+        factorizer, ahead = self._made_factorizer(), DigestsAhead(pair.tensors())
+        return Extraction(
+            pair,
+            DeltaReader(
+                factorizer, options.policy, self.seed, options.noise_floor, ahead, self.device
+            ),
+            ahead,
+            options.policy,
+            dtype,
+            self._calibration(base, finetuned, pair, dtype),
+            self.sparse,
+            Advisor(self.seed),
+        )
+
+    def _adapter(
+        self,
+        base_name: str,
+        extraction: Extraction,
+        low_rank: Mapping[str, LazyUpdate],
+        whole: Mapping[str, LazyUpdate],
+        asked: Mapping[str, Any],
+    ) -> Adapter:
+        """The adapter of these updates.
+
+        Args:
+            base_name: how the adapter calls its base.
+            extraction: what made them.
+            low_rank: the low-rank updates.
+            whole: what low-rank updates cannot express.
+            asked: what was asked for of ranks, for the manifest.
+        """
+        pair = extraction.pair
+        low_rank, tensors = dict(low_rank), pair.finetuned
+        tied = tied_heads(pair, low_rank)
         updates = low_rank if self.lora_only else _in_order(tensors, {**low_rank, **whole})
         updates |= tied
         if not updates:
             raise InputError("no tensor is left to extract: check --target and --exclude")
-        adapter = Adapter(
+        options = {
+            **asked,
+            "factorizer": self._factorizer,
+            "compute": self.compute,
+            "device": self.device,
+            "seed": self.seed,
+            "sparse": self.sparse,
+            "lora_only": self.lora_only,
+            "embeddings": self.embeddings,
+        }
+        return Adapter(
             updates,
             model_files={} if self.lora_only or pair.is_part else _model_files(pair),
             model_config=None if self.lora_only or pair.is_part else pair.config,
             dropped=() if self.lora_only else pair.dropped,
             task_type=pair.task,
-            base_name=self._base_name(base),
+            base_name=base_name,
             context={name: tensors[name] for name in tensors if name not in pair.buffers},
             kinds=pair.kinds,
             tied=pair.skeleton.tied,
@@ -145,19 +245,43 @@ class Extract:
             settings={"ensure_weight_tying": True} if tied else {},
             left_out=whole if self.lora_only else {},
             notes=(
-                *pair.notes,
-                *_table_notes(pair),
-                *_rank_notes(pair, policy),
-                *_notes_of(calibration),
+                *extraction.notes(low_rank, asked["rank"]),
+                *(_noise_notes(low_rank, pair) if self.noise_floor else ()),
             ),
             format=self.format,
-            provenance=_provenance(pair, self._base_name(base), calibration),
-            facts=lambda: _facts(self, policy, pair, reader, calibration),
+            provenance=_provenance(base_name, extraction),
+            facts=lambda: {"options": options, **extraction.facts()},
+            while_drained=extraction.ahead.running,
         )
-        if training := self._training():
-            adapter = self._refined(adapter, training, pair, base, finetuned)
+
+    def _named(self, adapter: Adapter, base: Checkpoint) -> Adapter:
         writer = plugins.create("adapter_formats", self.format)
         return named_for(adapter, base, *plugins.spelling_of(writer))
+
+    def _ranks(self) -> RankOptions:
+        return RankOptions(
+            self.rank, self.energy, self.ratio, self.noise_floor, self.budget, self.weigh,
+            self.max_rank, self.ranks,
+        )  # fmt: skip
+
+    def _made_factorizer(self) -> Factorizer:
+        """The factorizer with --compute and for --device.
+
+        Raises:
+            InputError: there is no such device here.
+            UsageError: it is no device, or the factorizer does not know these options.
+        """
+        found: Any = plugins.create("factorizers", self._factorizer)
+        name = self._factorizer.partition(":")[0]
+        if self.compute is not None:
+            if not hasattr(found, "compute"):
+                raise UsageError(f"--compute: {name} computes in one precision; leave it out")
+            found = replace(found, compute=self.compute)
+        if self.device != CPU and not isinstance(found, FormedFactorizer):
+            raise UsageError(f"--device {self.device}: {name} computes on the CPU; leave it out")
+        check_device(self.device)
+        factorizer: Factorizer = found
+        return factorizer
 
     @property
     def _factorizer(self) -> str:
@@ -173,6 +297,13 @@ class Extract:
             )
         if self.calibrate and name != "activation" and self.refine is None:
             raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        by_weights = ("noise_floor", "budget", "ranks")
+        if self.calibrate and (given := [n for n in by_weights if getattr(self, n)]):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(
+                f"--calibrate measures by the layers' outputs, {flags} by the weights: leave one "
+                "out"
+            )
         if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
             raise UsageError("--calibration-samples and --calibration-length: at least 1")
 
@@ -191,7 +322,7 @@ class Extract:
             Limits(self.calibration_samples, self.calibration_length),
             Path(self.tokenizer) if self.tokenizer else None,
         )
-        changes = [(c, _dtype_of(c, dtype)) for c in pair.changes() if c.factored]
+        changes = [(c, factor_dtype(c, dtype)) for c in pair.changes() if c.factored]
         return Calibration(plan, base, finetuned, changes, self.architecture)
 
     def _training(self) -> Training | None:
@@ -202,6 +333,8 @@ class Extract:
             return None
         if not self.calibrate:
             raise UsageError("--refine needs inputs to run the models on: --calibrate FILE")
+        if self.sparse is not None:
+            raise UsageError("--refine trains A and B alone: leave --sparse out, or it")
         return Training(
             self.refine, self.refine_loss, self.refine_rate, self.refine_penalty, self.seed
         )
@@ -241,130 +374,56 @@ class Extract:
             heads=not self.lora_only,
         )
 
+    def _check_sparse(self, wanted: float, has_place: bool) -> None:
+        if not (0 < wanted < 1 or (1 <= wanted < math.inf and wanted == int(wanted))):
+            raise UsageError(
+                f"--sparse {wanted:g}: give a number of entries, or a share between 0 and 1 of all"
+            )
+        if not has_place:
+            raise UsageError(
+                f"--sparse: the format {self.format} has no place for single entries: extract "
+                "without it, or leave --format out"
+            )
+        if self.ranks or self.budget:
+            raise UsageError(
+                "--sparse keeps what one rank leaves out: leave --ranks and --budget out, or it"
+            )
+
     def _base_name(self, base: Checkpoint) -> str:
         named = str((base.config or {}).get("_name_or_path") or "")
         found = self.base_name or base.hub_name
         return found or (named if is_hub_name(named) else str(base.path or ""))
 
 
-def _notes_of(calibration: Calibration | None) -> tuple[str, ...]:
-    return () if calibration is None else calibration.notes
-
-
-def _provenance(pair: Pair, base_name: str, calibration: Calibration | None) -> Provenance:
-    architecture = architecture_of(pair.config) or "AutoModel"
-    base = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
-    return Provenance(
+def _provenance(base_name: str, extraction: Extraction) -> Provenance:
+    architecture = architecture_of(extraction.pair.config) or "AutoModel"
+    link = f" [{base_name}](https://huggingface.co/{base_name})" if is_hub_name(base_name) else ""
+    plain = Provenance(
         "Extracting",
         "Extracted",
-        f"The difference between a fine-tuned `{architecture}` and its base{base}, as a low-rank "
+        f"The difference between a fine-tuned `{architecture}` and its base{link}, as a low-rank "
         "adapter extracted by loratool.",
-        lines=tuple if calibration is None else calibration.lines,
+        lines=extraction.lines,
+    )
+    if extraction.policy.floor is None:
+        return plain
+    under_noise = extraction.reader.under_noise
+    return replace(
+        plain,
+        skipped="without an update",
+        nothing="base and fine-tune differ by no more than the rounding of their weights, if "
+        "at all: without --noise-floor that is extracted, too",
+        lost=lambda: sum(under_noise.values()),
     )
 
 
-def rank_policy(rank: int | None, energy: float | None) -> RankPolicy:
-    """What --rank and --energy mean together: rank 16 if neither is given."""
-    return RankPolicy(_DEFAULT_RANK if rank is None and energy is None else rank, energy)
-
-
-def _updates(
-    pair: Pair,
-    reader: DeltaReader,
-    policy: RankPolicy,
-    dtype: str | None,
-    calibration: Calibration | None,
-) -> tuple[dict[str, LazyUpdate], dict[str, LazyUpdate]]:
-    """The low-rank updates, and what has to be kept whole."""
-    low_rank: dict[str, LazyUpdate] = {}
-    whole: dict[str, LazyUpdate] = {}
-    for change in pair.changes():
-        if change.factored:
-            low_rank[change.name] = _low_rank(change, reader, policy, dtype, calibration)
-        else:
-            whole[change.name] = _replacement(change, reader)
-    return low_rank, whole
-
-
-def _low_rank(
-    change: Change,
-    reader: DeltaReader,
-    policy: RankPolicy,
-    dtype: str | None,
-    calibration: Calibration | None,
-) -> LazyUpdate:
-    before, after = change.before, change.after
-    assert before is not None  # of what is factored
-    shape = swapped(after.shape) if change.transposed else after.shape
-    experts = change.kind == "experts"
-    dtype = _dtype_of(change, dtype)
-    factorize = reader.factorize_experts if experts else reader.factorize
-
-    def load() -> LowRank | Experts | None:
-        if calibration is not None and not experts:
-            return calibration.load(reader, change.name)
-        return factorize(before, after, change.transposed, dtype)
-
-    matrix = (shape[-2], shape[-1]) if experts else matrix_shape(shape)
-    return LazyUpdate(
-        change.name,
-        "experts" if experts else "low_rank",
-        shape,
-        dtype,
-        load,
-        rank=policy.limit(matrix) if policy.rank else None,
-        transposed=change.transposed,
-        embedding=change.kind == "embedding",
-    )
-
-
-def _dtype_of(change: Change, dtype: str | None) -> str:
-    """The type of a target's factors."""
-    bf16 = change.before is not None and change.before.dtype == "BF16"
-    return dtype or ("BF16" if bf16 else "F32")
-
-
-def _replacement(change: Change, reader: DeltaReader) -> LazyUpdate:
-    tensor = change.after
-    return LazyUpdate(
-        tensor.name,
-        "replacement",
-        tensor.shape,
-        tensor.dtype,
-        lambda: reader.replace(change.before, tensor),
-    )
-
-
-def _tied_heads(pair: Pair, low_rank: dict[str, LazyUpdate]) -> dict[str, LazyUpdate]:
-    """The same updates again for heads that share the values of embeddings.
-
-    PEFT loads them, for it takes the two for one only as long as nothing adapts them.
-    """
-    heads = {}
-    for head, source in pair.skeleton.tied.items():
-        if source in low_rank and pair.kinds.get(source) == "embedding":
-            once = cache(low_rank[source].load)  # the factors are small beside the table
-            found = low_rank[source] = replace(low_rank[source], load=once)
-            heads[head] = replace(found, name=head, embedding=False, transposed=False)
-    return heads
-
-
-def _table_notes(pair: Pair) -> list[str]:
-    if not pair.selection.lowrank_tables:
-        return []
-    tables = [n for n in pair.selected if pair.kinds.get(n) == "embedding"]
-    return [f"{name}: kept whole: {why}" for name in tables if (why := pair.why_whole(name))]
-
-
-def _rank_notes(pair: Pair, policy: RankPolicy) -> list[str]:
-    linear = [n for n in pair.selected if pair.skeleton.kinds.get(n) in ("linear", "conv1d")]
-    rank = policy.rank
-    small = [n for n in linear if rank and min(pair.finetuned[n].shape) < rank]
-    if not small:
+def _noise_notes(low_rank: Mapping[str, LazyUpdate], pair: Pair) -> list[str]:
+    types = {pair.finetuned[name].dtype for name in low_rank if name in pair.finetuned}
+    if not types or not types <= {"F32", "F64"}:
         return []
     return [
-        f"rank {rank} is more than {len(small)} matrices have ({small[0]}, ...): "
-        "these get their full rank"
+        "--noise-floor: the fine-tune is stored in fp32, whose rounding is about a "
+        "ten-millionth of its weights: practically nothing lies under it"
     ]
 
 
@@ -378,27 +437,4 @@ def _model_files(pair: Pair) -> dict[str, Any]:
         name: content
         for name, content in completed.side_files.items()
         if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-    }
-
-
-def _facts(
-    step: Extract,
-    policy: RankPolicy,
-    pair: Pair,
-    reader: DeltaReader,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    return {
-        **({"calibration": calibration.facts()} if calibration is not None else {}),
-        "options": {
-            "rank": policy.rank,
-            "energy": policy.energy,
-            "factorizer": step._factorizer,
-            "seed": step.seed,
-            "lora_only": step.lora_only,
-            "embeddings": step.embeddings,
-        },
-        "duplicates": reader.duplicates(),
-        "base": {"bytes": pair.base.nbytes, **reader.base_digests()},
-        "finetuned": {"bytes": pair.finetuned.nbytes, **reader.tuned_digests()},
     }

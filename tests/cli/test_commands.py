@@ -107,7 +107,7 @@ def test_the_help_of_a_verb_shows_every_field_and_operand_of_its_step(verb: str)
         assert option in text
     chosen = any(field.metadata.get("short") == "o" for field in dataclasses.fields(step))
     assert ("-o, --output DIR" in text) == (bool(step.output) or chosen)
-    has_tasks = bool(step.output) or getattr(step, "in_place", False)
+    has_tasks = bool(step.output) or any(hasattr(step, n) for n in ("in_place", "measures"))
     assert ("--executor" in text) == (has_tasks and verb != "export")
     assert "{" not in text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,10 +15,11 @@ from loratool.files import is_file
 from loratool.json_files import read_json
 from loratool.updates import Kind, Update
 from loratool.writer import Spool, write_file, write_safetensors
-from loratool_plugins.adapter_formats import _ours, peft_config
+from loratool_plugins.adapter_formats import _ours, peft_config, peft_sparse
 from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats.peft_config import check_settings
 from loratool_plugins.adapter_formats.peft_files import WEIGHTS, open_weights
+from loratool_plugins.adapter_formats.peft_layout import plan_layout
 from loratool_plugins.adapter_formats.peft_reader import Reader
 from loratool_plugins.adapter_formats.peft_writer import CARRIES, refusals, spool_all
 from loratool_plugins.executors.serial import Serial
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
 
 _CONFIG = peft_config.FILE
 # What PEFT's config says by itself.
-_ON_MODULES = ("low_rank", "dora", "loha", "lokr", "ia3")  # kinds that target_modules is for
+_ON_MODULES = (
+    "low_rank",
+    "sparse",
+    "dora",
+    "loha",
+    "lokr",
+    "ia3",
+)  # kinds that target_modules is for
 _SAID = (
     "task_type", "base_name", "naming", "rslora", "short_targets", "settings",
 )  # fmt: skip
@@ -67,6 +75,11 @@ class Peft:
         """
         return _open(path, FormatOptions())
 
+    def whole_bytes(self, adapter: Adapter, targets: Sequence[str], kept: Sequence[str]) -> int:
+        """Bytes of tensors beside factors of `targets`: PEFT keeps modules whole."""
+        layout = plan_layout(adapter, dict.fromkeys(targets, 1), kept)
+        return sum(adapter.context[name].nbytes for name in layout.whole.values())
+
     def write(
         self, adapter: Adapter, results: Iterable[tuple[LazyUpdate, Update | None]], folder: Path
     ) -> None:
@@ -87,8 +100,13 @@ class Peft:
                 tensors |= _placeholder(spool, plan.adapter, layout.placeholder)
             # Settings of formats of diffusion models come back with kohya's names for it.
             said = [name for name in _SAID if not (name == "settings" and adapter.layout)]
-            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said)}
+            entries = plan.entries(layout)
+            more = {peft_sparse.KEY: list(entries)} if entries else {}
+            metadata = {"format": "pt", _ours.KEY: _ours.text_of(adapter, said, **more)}
             write_safetensors(folder / WEIGHTS[0], tensors, metadata, Serial())
+            if entries:
+                merged = {key: t for parts in entries.values() for key, t in parts.items()}
+                peft_sparse.write(folder, merged)
         config = plan.config(layout)
         write_file(folder / _CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
@@ -105,7 +123,9 @@ def _open(path: Path, options: FormatOptions) -> Adapter:
     ours = _ours.restored(said, str(weights.file))
     if _ours.KEY in weights.metadata:
         updates = _oriented(updates, ours["transposed"])
-    files, model_files, model_config = _ours.beside(path, (path / _CONFIG, weights.file))
+    updates, misplaced = peft_sparse.with_entries(path, updates, said, weights.file)
+    own = (path / _CONFIG, weights.file, path / peft_sparse.FILE)
+    files, model_files, model_config = _ours.beside(path, own)
     return Adapter(
         updates,
         model_files=model_files,
@@ -124,7 +144,7 @@ def _open(path: Path, options: FormatOptions) -> Adapter:
         short_targets=_short_targets(settings, updates),
         files=files,
         notes=(*weights.notes, *reader.notes),
-        problems=(*weights.problems, *reader.problems),
+        problems=(*weights.problems, *reader.problems, *misplaced),
         rereading=Rereading(frozenset({"base"}), updates, lambda told: _open(path, told))
         if weights.asks_for_base
         else None,

@@ -24,10 +24,11 @@ from loratool.updates import (
     Product,
     Replacement,
     Rows,
+    Sparse,
     Update,
 )
 from loratool.writer import Spool
-from loratool_plugins.adapter_formats import peft_config
+from loratool_plugins.adapter_formats import peft_config, peft_sparse
 from loratool_plugins.adapter_formats._peft_dialects import PREFIX
 from loratool_plugins.adapter_formats._products import product_parts
 from loratool_plugins.adapter_formats.peft_config import usual_order
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 CARRIES: frozenset[Kind] = frozenset(
-    {"low_rank", "experts", "dense", "loha", "lokr", "dora", "ia3", "rows", "replacement"}
+    {"low_rank", "sparse", "experts", "dense", "loha", "lokr", "dora", "ia3", "rows", "replacement"}
 )
 # Kinds that a method of their own is for; all others are LoRA's.
 _METHODS = {"loha": "LOHA", "lokr": "LOKR", "ia3": "IA3"}
@@ -59,12 +60,14 @@ class Written:
         rank: of its factors; 0 if it has none.
         scale: of its factors.
         alpha: that gives this scale again.
+        entries: key in the file of single entries -> spooled tensor.
     """
 
     tensors: dict[str, LazyTensor]
     rank: int = 0
     scale: float = 0.0
     alpha: float = 0.0
+    entries: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,6 +112,14 @@ class Plan:
             beneath = self.adapter[name].beneath
             if beneath is not None:
                 yield f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight", beneath
+
+    def entries(self, layout: Layout) -> dict[str, dict[str, LazyTensor]]:
+        """The single entries that are written beside factors, by parameter."""
+        return {
+            name: entry.entries
+            for name, entry in self.written.items()
+            if entry.entries and not self._is_inside(name, layout)
+        }
 
     def config(self, layout: Layout) -> dict[str, Any]:
         """adapter_config.json."""
@@ -281,7 +292,7 @@ def _lora_refusals(adapter: Adapter) -> list[Problem]:
     bare = [
         name
         for name, update in adapter.items()
-        if update.kind in ("low_rank", "dora")
+        if update.kind in ("low_rank", "sparse", "dora")
         and f"{name.removesuffix('.weight')}.bias" not in biases
     ]
     for name, update in adapter.items():
@@ -296,7 +307,7 @@ def _lora_refusals(adapter: Adapter) -> list[Problem]:
         elif update.kind == "dora" and update.axis and not update.embedding:
             message = "has a magnitude for each column, PEFT's DoRA one for each row; convert with "
             found.append(_refusal(update, f"{message}--to-lora"))
-        elif update.kind == "low_rank" and dora:
+        elif update.kind in ("low_rank", "sparse") and dora:
             message = (
                 f"is plain LoRA, {dora[0].name} is DoRA: PEFT has one setting for all; convert "
                 "with --to-lora"
@@ -371,10 +382,13 @@ def _folded(values: torch.Tensor, factor: float) -> torch.Tensor:
 def _spooled(
     spool: Spool, adapter: Adapter, update: LazyUpdate, found: Update, method: str
 ) -> Written:
+    entries: dict[str, LazyTensor] = {}
+    if isinstance(found, Sparse):
+        entries, found = peft_sparse.spooled(spool, update.name, found), found.added
     parts, rank, scale = _parts(adapter, update, found, method)
     divisor = math.sqrt(rank) if adapter.rslora and method == "LORA" else float(rank or 1)
     tensors = {key: spool.add(key, value) for key, value in parts.items()}
-    return Written(tensors, rank, scale, alpha_of(scale, divisor))
+    return Written(tensors, rank, scale, alpha_of(scale, divisor), entries)
 
 
 def _parts(
@@ -449,7 +463,7 @@ def _wrapper(adapter: Adapter, name: str) -> str:
         other.rpartition(".")[2]
         for other, update in adapter.items()
         if other.rpartition(".")[0] == module and not other.endswith((".weight", ".bias"))
-        and update.kind in ("experts", "low_rank")
+        and update.kind in ("experts", "low_rank", "sparse")
     ]  # fmt: skip
     inside = sorted(others, key=usual_order)
     depth = len(inside) - 1 - inside.index(leaf)

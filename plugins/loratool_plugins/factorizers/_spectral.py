@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError
-from loratool.linalg import Certificate, Factorization, RankPolicy, squared_norm
+from loratool.linalg import Certificate, Factorization, FormedDelta, RankPolicy, squared_norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-6
 # Norms in this range need no rescaling: neither squares nor products of blocks leave fp32.
 _SAFE_NORM = (2.0**-30, 2.0**30)
-# Columns a tile for products that are made twice, and elements a tile for fp64 copies.
-_TILE_COLUMNS, _TILE_ELEMENTS = 1024, 2**20
+# Elements a tile: of products that are made twice (and its least number of columns, with which
+# products are not slower yet), and of fp64 copies.
+_PRODUCT_ELEMENTS, _PRODUCT_COLUMNS, _TILE_ELEMENTS = 2**20, 256, 2**20
 # What fp64 rounding may do to an energy, as a share of the total.
 _FP64_SLACK = 1e-12
 # A row that projection shrinks below this share of its length was inside the subspace.
@@ -58,18 +59,31 @@ class Target:
     rounded: torch.Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return self.matrix.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of `matrix`."""
         rows, columns = self.matrix.shape
         return rows, columns
 
+    @property
+    def shape_of_delta(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
     def flipped(self) -> Target:
-        """The same target seen from its other side, without the rounded copy."""
-        return replace(self, matrix=self.matrix.t(), rounded=None, transposed=not self.transposed)
+        """The same target seen from its other side."""
+        rounded = None if self.rounded is None else self.rounded.t()
+        turned = not self.transposed
+        return replace(self, matrix=self.matrix.t(), rounded=rounded, transposed=turned)
 
     def image(self, left: torch.Tensor) -> torch.Tensor:
         """`left` (k, rows) times U, in fp32: (k, columns)."""
-        return (left @ self.matrix).mul_(self.gain)
+        return _product(left, self.matrix).mul_(self.gain)
 
     def start(self, right: torch.Tensor) -> torch.Tensor:
         """`right` (k, columns) times U^T: (k, rows), fp32; good to three digits if rounded."""
@@ -77,7 +91,7 @@ class Target:
 
         tiles = self._quick_tiles()
         parts = torch.split(right.to(tiles[0].dtype), tiles[0].shape[1], dim=1)
-        back = torch.zeros(len(right), self.shape[0], dtype=torch.float32)
+        back = right.new_zeros(len(right), self.shape[0])
         for part, tile in zip(parts, tiles, strict=True):
             back += part @ tile.t()
         return back.mul_(self.gain)
@@ -91,10 +105,10 @@ class Target:
 
         tiles = self._quick_tiles()
         left = left.to(tiles[0].dtype)
-        back = torch.zeros(left.shape, dtype=torch.float32)
+        back = torch.zeros_like(left, dtype=torch.float32)
         images = []
         for tile in tiles:
-            image = left @ tile
+            image = _product(left, tile)
             images.append(image)
             back += image @ tile.t()
         return torch.cat(images, dim=1).float().mul_(self.gain), back.mul_(self.gain**2)
@@ -107,7 +121,9 @@ class Target:
         import torch
 
         matrix = self.matrix if self.rounded is None else self.rounded
-        return torch.split(matrix, _TILE_COLUMNS, dim=1) if self.transposed else (matrix,)
+        if not self.transposed:
+            return (matrix,)
+        return torch.split(matrix, max(_PRODUCT_COLUMNS, _PRODUCT_ELEMENTS // len(matrix)), dim=1)
 
     def tiles(self) -> Iterator[torch.Tensor]:
         """U in fp64, a few columns at a time: (rows, some)."""
@@ -118,23 +134,50 @@ class Target:
             yield tile.double().mul_(self.gain)
 
 
-def prepare(delta: torch.Tensor) -> Target:
-    """Check `delta` (out, in), measure it, and lay it on its long side.
+def _product(left: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`left` (k, rows) @ `matrix` (rows, columns), both fp32 or bf16.
+
+    In fp32 oneDNN takes half the time of MKL for so few rows, but torch asks it only for linear
+    layers between tensors of oneDNN's own layout.
+    """
+    import torch
+
+    wide = matrix.dtype == torch.float32 and matrix.t().is_contiguous()
+    if wide and matrix.is_cpu and torch._C._has_mkldnn:
+        linear = torch._C._nn.mkldnn_linear
+        found: torch.Tensor = linear(left.contiguous().to_mkldnn(), matrix.t(), None).to_dense()
+        return found
+    return left @ matrix
+
+
+def measured(delta: torch.Tensor) -> FormedDelta:
+    """A delta of any float type with its energy.
+
+    Raises:
+        InputError: it is not a matrix, or is empty.
+    """
+    if delta.dim() != 2 or delta.numel() == 0:
+        raise InputError(f"only matrices can be factorized, not shape {tuple(delta.shape)}")
+    delta = delta.float()
+    return FormedDelta(delta, squared_norm(delta))
+
+
+def prepare(formed: FormedDelta) -> Target:
+    """Check a delta (out, in), and lay it on its long side.
 
     Norms so small or large that fp32 products would leave its range are scaled to about 1 first, in
     place.
 
     Raises:
-        InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
+        InputError: it holds NaN or Inf.
     """
-    if delta.dim() != 2 or delta.numel() == 0:
-        raise InputError(f"only matrices can be factorized, not shape {tuple(delta.shape)}")
-    delta = delta.float()
+    delta, total, rounded = formed.values, formed.energy, formed.rounded
     moved = 0
-    total = squared_norm(delta)
     if not _SAFE_NORM[0] <= math.sqrt(abs(total)) <= _SAFE_NORM[1]:
         moved = _scale_to_one(delta)
         total = squared_norm(delta)
+        if rounded is not None:
+            rounded.copy_(delta)
     fitted = math.frexp(math.sqrt(total))[1] - 1
     transposed = delta.shape[0] > delta.shape[1]
     return Target(
@@ -143,6 +186,7 @@ def prepare(delta: torch.Tensor) -> Target:
         exponent=moved + fitted,
         total=math.ldexp(total, -2 * fitted),
         transposed=transposed,
+        rounded=rounded.t() if rounded is not None and transposed else rounded,
     )
 
 
@@ -160,6 +204,28 @@ def _scale_to_one(delta: torch.Tensor) -> int:
     return exponent
 
 
+class NoConvergenceError(InputError):
+    """LAPACK found no eigenvectors."""
+
+
+def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n), as columns, of a symmetric matrix.
+
+    Raises:
+        NoConvergenceError: they are not found.
+    """
+    import torch
+
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NoConvergenceError(
+            f"its singular vectors are not found, not even in fp64 ({str(error).splitlines()[0]}); "
+            "leave it out with --exclude"
+        ) from error
+    return values, vectors
+
+
 def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """`count` Gaussian rows (count, length) in fp32, each about 1 long."""
     import torch
@@ -169,7 +235,7 @@ def random_rows(count: int, length: int, generator: torch.Generator) -> torch.Te
 
 
 def whitened(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal rows that span the same space, and the Gram matrix of the rows given.
+    """Orthonormal rows that span the same space, and the Gram matrix of the rows given, on the CPU.
 
     Through the eigenvectors of the Gram matrix of the rows made equally long. Dependent rows are
     left out, so there may be fewer; zero, dependent and tiny rows, on which a Cholesky
@@ -183,13 +249,13 @@ def whitened(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    gram = rows @ rows.t()
+    gram = (rows @ rows.t()).cpu()
     norms = gram.diagonal().sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    values, vectors = torch.linalg.eigh(inverse[:, None] * gram * inverse)
+    values, vectors = eigenvectors(inverse[:, None] * gram * inverse)
     kept = values > _DEPENDENT
     mixture = inverse[:, None] * vectors[:, kept] * values[kept].rsqrt()
-    return mixture.t() @ rows, gram
+    return mixture.t().to(rows.device) @ rows, gram
 
 
 def extension(
@@ -215,7 +281,8 @@ def extension(
     missing = len(block) - len(rows)
     if missing == 0 and _overlap(rows.float(), basis) < _CLEAN:
         return rows.float(), outside
-    rows = torch.cat([rows.float(), random_rows(missing, block.shape[1], generator)])
+    fresh = random_rows(missing, block.shape[1], generator).to(rows.device)
+    rows = torch.cat([rows.float(), fresh])
     rows, _ = whitened(_projected(rows, basis).double())
     return rows.float(), outside
 
@@ -240,14 +307,17 @@ def gram_factorization(target: Target, policy: RankPolicy, steps: int = 0) -> Fa
     Costs rows^2 * columns multiplications and an eigenproblem of size rows. The absolute error of a
     squared singular value is about 1e-16 of the largest: singular values down to 1e-6 of the
     largest come out to four digits, and fp32 factors can use none below.
+
+    Raises:
+        NoConvergenceError: the eigenvectors are not found.
     """
     import torch
 
     rows = target.shape[0]
-    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=target.device)
     for tile in target.tiles():
         gram.addmm_(tile, tile.t())
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigenvectors(gram)
     energies = values.flip(0).clamp_(min=0.0)
     target = replace(target, total=float(gram.trace()))
     rank = policy.choose(energies, target.total, target.shape) or len(energies)
@@ -281,9 +351,7 @@ def composed(
             matrix of rank r captures more than the best r directions in Q do and all that is
             outside: ||U_r||_F^2 <= captured + ||U - Q Q^T U||_F^2 (Ky Fan).
     """
-    import torch
-
-    values, vectors = torch.linalg.eigh(right @ right.t())
+    values, vectors = eigenvectors((right @ right.t()).cpu())
     energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
     usable = max(1, int((energies > _NEGLIGIBLE**2 * energies[0]).sum()))
     rank = policy.choose(energies[:usable], target.total, target.shape) or usable
@@ -293,8 +361,8 @@ def composed(
 
     root = energies.sqrt()
     sigma = root * 2.0**target.exponent
-    left = (vectors.t() @ left) * sigma.sqrt()[:, None]
-    right = (vectors.t() @ right) * (sigma.sqrt() / root)[:, None]
+    left = (sigma.sqrt()[:, None] * vectors.t()).to(left.device) @ left
+    right = ((sigma.sqrt() / root)[:, None] * vectors.t()).to(right.device) @ right
     out, into = (right, left) if target.transposed else (left, right)
     return Factorization(
         a=into.float().contiguous(),

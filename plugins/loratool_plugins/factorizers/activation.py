@@ -75,7 +75,7 @@ class Activation:
         """
         if context.moment is None:
             return self.factorize(delta, policy, generator)
-        target = spectral.prepare(delta)
+        target = spectral.prepare(spectral.measured(delta))
         if target.total == 0:
             return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
         if target.transposed != context.transposed:
@@ -168,17 +168,15 @@ class _Metric:
 
     def _exact(self, policy: RankPolicy) -> torch.Tensor:
         """By an fp64 eigenproblem of the shorter side."""
-        import torch
-
         out, columns = self.target.shape
         unit = self.target.matrix.double() * self.target.gain
         if out <= columns:
-            values, vectors = torch.linalg.eigh(unit @ self.moment @ unit.t())
+            values, vectors = spectral.eigenvectors(unit @ self.moment @ unit.t())
         else:
-            own, basis = torch.linalg.eigh(self.moment)
+            own, basis = spectral.eigenvectors(self.moment)
             root = basis * own.clamp(min=0.0).sqrt()
             image = unit @ root
-            values, vectors = torch.linalg.eigh(image.t() @ image)
+            values, vectors = spectral.eigenvectors(image.t() @ image)
             vectors = image @ vectors
         rank = self._choose(policy, values.flip(0).clamp(min=0.0)) or len(values)
         leading: torch.Tensor = vectors[:, -rank:].flip(1).t()
@@ -251,7 +249,7 @@ class _Search:
             basis, images = torch.cat([basis, rows]), torch.cat([images, block])
             self.steps += 1
             products = (basis @ images.t()).double()
-            values, vectors = torch.linalg.eigh((products + products.t()) / 2)
+            values, vectors = spectral.eigenvectors((products + products.t()) / 2)
             energies, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
             rank = self._policy.choose(energies, 1.0, self._shape)
             history.append(energies)

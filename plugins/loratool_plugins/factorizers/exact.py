@@ -10,7 +10,7 @@ from loratool_plugins.factorizers import _spectral as spectral
 if TYPE_CHECKING:
     import torch
 
-    from loratool.linalg import Factorization, RankPolicy
+    from loratool.linalg import Factorization, FormedDelta, RankPolicy
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,21 @@ class Exact:
         Raises:
             InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
         """
+        return self.factorize_formed(spectral.measured(delta), policy, generator)
+
+    def wants_rounded(self, policy: RankPolicy, device: torch.device) -> bool:
+        """Whether it would use a copy of the delta in bf16: it has no use for one."""
+        return False
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `factorize`, of a delta that was measured while it was formed.
+
+        Raises:
+            InputError: `delta` holds NaN or Inf, or its eigenvectors are not found.
+        """
         target = spectral.prepare(delta)
         if target.total == 0:
-            return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
+            return spectral.zero_factorization(target.shape_of_delta)
         return spectral.gram_factorization(target, policy)

@@ -9,10 +9,12 @@ Rayleigh and Ritz: they are the eigenvectors of Q^T D D^T Q, Q being the orthono
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from loratool.linalg import Factorization, RankPolicy, Workspace
+from loratool.devices import multiplies_bf16
+from loratool.linalg import Factorization, FormedDelta, RankPolicy, Workspace
 from loratool_plugins.factorizers import _spectral as spectral
 
 if TYPE_CHECKING:
@@ -79,43 +81,49 @@ class Krylov:
         Raises:
             InputError: `delta` is not a matrix, is empty, or holds NaN or Inf.
         """
+        formed = spectral.measured(delta)
+        if self.wants_rounded(policy, formed.values.device):
+            formed = replace(formed, rounded=_bf16_copy(formed.values))
+        return self.factorize_formed(formed, policy, generator)
+
+    def factorize_formed(
+        self, delta: FormedDelta, policy: RankPolicy, generator: torch.Generator
+    ) -> Factorization:
+        """As `factorize`, of a delta that was measured while it was formed.
+
+        Raises:
+            InputError: `delta` holds NaN or Inf.
+        """
         target = spectral.prepare(delta)
         if target.total == 0:
-            return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
+            return spectral.zero_factorization(target.shape_of_delta)
         limit = policy.limit(target.shape)
         width = 16 if limit <= 16 else 32
         least = limit if policy.is_fixed else 1
         if target.shape[0] < 2 * (least + _LEAST_BLOCKS * width):
             return spectral.gram_factorization(target, policy)
-        if self._rounds(policy):
-            target = replace(target, rounded=_bf16_copy(target))
-        space = Subspace(target, policy, self.tolerance)
-        found = space.factorization() if space.grow(width, generator) else None
+        search = target if target.transposed else target.flipped()  # its tiles are whole rows
+        space = Subspace(search, policy, self.tolerance)
+        found = None
+        with suppress(spectral.NoConvergenceError):  # the whole Gram matrix in fp64 may do
+            if space.grow(width, generator):
+                found = space.factorization()
         return found or spectral.gram_factorization(target, policy, space.steps)
 
-    def _rounds(self, policy: RankPolicy) -> bool:
+    def wants_rounded(self, policy: RankPolicy, device: torch.device) -> bool:
         """Whether to find directions in bf16, which cannot see the last 1e-3 of the energy."""
         if policy.energy is not None and policy.energy > 1 - 10 * _BF16_MARGIN:
             return False
-        return self.compute == "bf16" or (self.compute == "auto" and _cpu_multiplies_bf16())
+        return self.compute == "bf16" or (self.compute == "auto" and multiplies_bf16(device))
 
 
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 products: by its flags, never by timing."""
+def _bf16_copy(delta: torch.Tensor) -> torch.Tensor:
+    """A matrix in bf16, in this thread's scratch."""
     import torch
 
-    flags = torch.cpu.get_capabilities()
-    return any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))
-
-
-def _bf16_copy(target: spectral.Target) -> torch.Tensor:
-    """The target's matrix in bf16, in this thread's scratch and in the same layout."""
-    import torch
-
-    delta = target.matrix.t() if target.transposed else target.matrix
-    rounded = _scratch.take("rounded", (delta.shape[0], delta.shape[1]), torch.bfloat16)
-    rounded.copy_(delta)
-    return rounded.t() if target.transposed else rounded
+    shape = (delta.shape[0], delta.shape[1])
+    rounded = _scratch.take("rounded", shape, torch.bfloat16, delta.device)
+    return rounded.copy_(delta)
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Judgement:
 
     Attributes:
         energies: (c,) fp64, descending: squared singular values of Q^T U, the Ritz values.
-        vectors: (c, c) fp64: their directions in the basis, as columns.
+        vectors: (c, c) fp64, on the CPU like `energies`: their directions in the basis, as columns.
         rank: how many the policy asks for; None if the subspace is too small to tell.
         missed: energy outside the subspace, ||U||_F^2 - ||Q^T U||_F^2.
     """
@@ -156,9 +164,10 @@ class Subspace:
         self._target = target
         self._policy = policy
         self._tolerance = tolerance
-        self._capacity = rows // 2
-        self._basis = _scratch.take("basis", (self._capacity, rows), torch.float32)
-        self._images = _scratch.take("images", (self._capacity, columns), torch.float32)
+        self._capacity = min(rows, columns) // 2
+        device = target.device
+        self._basis = _scratch.take("basis", (self._capacity, rows), torch.float32, device)
+        self._images = _scratch.take("images", (self._capacity, columns), torch.float32, device)
         self._products = _scratch.take("products", (self._capacity,) * 2, torch.float64)
         self._judgements: list[Judgement] = []
         self._judged_size = 0
@@ -170,7 +179,7 @@ class Subspace:
             False if it still is not when the basis would pass half the shorter side.
         """
         start = spectral.random_rows(width, self._target.shape[1], generator)
-        block = self._target.start(start)
+        block = self._target.start(start.to(self._target.device))
         while self.size + width <= self._capacity:
             rows, outside = spectral.extension(block, self._basis[: self.size], generator)
             if self.size and self.size == self._judged_size and self._has_converged(outside):
@@ -187,7 +196,7 @@ class Subspace:
         old, new = self.size, self.size + len(rows)
         self._basis[old:new] = rows
         self._images[old:new], block = self._target.round_trip(rows)
-        products = self._images[old:new] @ self._images[:new].t()
+        products = (self._images[old:new] @ self._images[:new].t()).cpu()
         self._products[old:new, :new] = products
         self._products[:old, old:new] = products[:, :old].t()
         self.size = new
@@ -200,10 +209,8 @@ class Subspace:
 
     def _judge(self) -> None:
         """Find the Ritz values and vectors, and the rank in question."""
-        import torch
-
         products = self._products[: self.size, : self.size]
-        values, vectors = torch.linalg.eigh(products)
+        values, vectors = spectral.eigenvectors(products)
         energies = values.flip(0).clamp_(min=0.0)
         margin = 0.0 if self._target.rounded is None else _BF16_MARGIN
         total = self._target.total
@@ -226,7 +233,7 @@ class Subspace:
         """Whether both estimates of the energy still missing are small at the rank in question.
 
         Args:
-            outside: (k, k) fp64, Gram matrix of what the next block adds to the basis.
+            outside: (k, k) fp64, on the CPU, Gram matrix of what the next block adds to the basis.
         """
         now = self._judgements[-1]
         if now.rank is None or now.rank == self.size:
@@ -246,7 +253,8 @@ class Subspace:
             None if the exact product does not confirm the share of the energy that is wanted.
         """
         now = self._judgements[-1]
-        best = now.vectors[:, : now.rank].t().float() @ self._basis[: self.size]
+        mixture = now.vectors[:, : now.rank].t().float().to(self._target.device)
+        best = mixture @ self._basis[: self.size]
         left, _ = spectral.whitened(best.double())
         right = self._target.image(left.float()).double()
         captured = float(right.square().sum())
@@ -257,7 +265,10 @@ class Subspace:
         fast = target.rounded is not None
         if fast and target.total - captured < _NEARLY_LOW_RANK * target.total:
             # Half a step of subspace iteration in fp32 takes the rounding out of the directions.
-            target, left = target.flipped(), spectral.whitened(spectral.whitened(right)[0])[0]
+            target, left = (
+                replace(target.flipped(), rounded=None),
+                spectral.whitened(spectral.whitened(right)[0])[0],
+            )
             right = target.image(left.float()).double()
         return spectral.composed(
             target,

@@ -17,8 +17,9 @@ from loratool_plugins.stores._fsspec_place import Listing, Place, RemoteFile, ch
 # What a server without listings is asked for.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 USUAL_NAMES = (
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json",
-    "model.safetensors", *_INDEXES, "pytorch_model.bin", "generation_config.json", "loratool.json",
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "sparse.safetensors",
+    "config.json", "model.safetensors", *_INDEXES, "pytorch_model.bin", "generation_config.json",
+    "loratool.json",
     "README.md", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "preprocessor_config.json", "model/config.json",

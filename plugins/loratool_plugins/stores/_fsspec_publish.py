@@ -34,7 +34,9 @@ _TOKENIZER = (
 )  # fmt: skip
 # What belongs to each kind, and is removed when a publication of that kind has it no more.
 _OWN: Mapping[str, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model*", "model/*", "loratool.json"),
+    "adapter": (
+        "adapter_config.json", "adapter_model*", "sparse.safetensors", "model/*", "loratool.json",
+    ),
     "model": (
         "config.json", "*.index.json", "*.safetensors", "pytorch_model*.bin", f"{RECORD}/*",
         f"{RECORD}/*/*", *_TOKENIZER,

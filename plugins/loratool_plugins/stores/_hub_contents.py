@@ -16,7 +16,10 @@ from loratool.publication import Kind, Publication
 _PIECE = 1 << 20
 # What makes a repository one of a kind. A star is never a slash.
 _SIGNS: Mapping[Kind, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model.*", "adapter_model-*.safetensors"),
+    "adapter": (
+        "adapter_config.json", "adapter_model.*", "adapter_model-*.safetensors",
+        "sparse.safetensors",
+    ),
     "model": (
         "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
         "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json",

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.checkpoint import LazyTensor
+from loratool.delta import DeltaReader
 from loratool.errors import InputError
 from loratool.linalg import Factorization, RankPolicy, Workspace, squared_norm
 from loratool_plugins.factorizers.krylov import Krylov, expected_gain, residual_bound
@@ -397,3 +399,41 @@ def test_squared_norm(shape: tuple[int, ...]) -> None:
     assert squared_norm(values) == pytest.approx(float(values.double().square().sum()), rel=3e-7)
     assert squared_norm(values.t() if values.dim() == 2 else values) > 0
     assert not math.isfinite(squared_norm(values.index_fill(0, torch.tensor([0]), math.nan)))
+
+
+def failing_eigh(times: int) -> Callable[[torch.Tensor], object]:
+    """torch.linalg.eigh, which does not converge the first few times."""
+    genuine, calls = torch.linalg.eigh, iter(range(times))
+
+    def eigh(matrix: torch.Tensor) -> object:
+        if next(calls, None) is not None:
+            raise torch.linalg.LinAlgError("linalg.eigh: failed to converge\nmore")  # type: ignore[attr-defined]
+        return genuine(matrix)
+
+    return eigh
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_a_search_that_does_not_converge_is_made_again_in_fp64(
+    compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = matrix_of(torch.arange(1, 201).float() ** -0.7, 260, 300)
+    expected = exact_energies(delta)[:8].sum()
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh(1))
+    found = factorize(delta, compute=compute)
+    assert found.certificate.method == "gram"
+    assert found.certificate.captured == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_what_never_converges_is_an_error_that_names_the_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh(1000))
+    reader = DeltaReader(Krylov(), RankPolicy(4), seed=0)
+    base, tuned = (lazy_tensor("layer.0.weight", torch.randn(90, 80)) for _ in range(2))
+    with pytest.raises(InputError, match=r"tuned.*layer\.0\.weight: .*fp64 .*failed to converge\)"):
+        reader.factorize(base, tuned, False, "F32")
+
+
+def lazy_tensor(name: str, value: torch.Tensor) -> LazyTensor:
+    return LazyTensor(name, "F32", tuple(value.shape), lambda: iter([value]), "tuned")
