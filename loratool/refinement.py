@@ -265,7 +265,8 @@ class Refinement:
         everything = replace(
             self.fitted, batches=tuple(batches), rows=(*self.fitted.rows, *self.held_out.rows)
         )
-        tell = count("Running the fine-tune", len(self.teacher.shell.tied))
+        modules = {name.rpartition(".")[0] for name in self.teacher.sources.keys}
+        tell = count("Running the fine-tune", len(modules))
         with Reference.take(
             self.teacher,
             everything,
