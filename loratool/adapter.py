@@ -8,7 +8,7 @@ business of `loratool.binding`. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -143,6 +143,12 @@ class Provenance:
     lost: Callable[[], float] = float
 
 
+# Begins work of so many steps; what it returns is told of each.
+Counter = Callable[[str, int], Callable[[str], None]]
+# Runs independent tasks and gives their results in order.
+Mapper = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+
+
 @dataclass(frozen=True)
 class FormatOptions:
     """What a person, or the base, tells of an adapter where its own files are silent.
@@ -245,6 +251,8 @@ class Adapter(Mapping[str, LazyUpdate]):
         while_drained: what runs beside the draining, as a context.
         facts: what its maker knows beyond the tensors (seed, digests, ...), for the manifest.
         path: where it was opened, a directory or a file, or None if it was computed.
+        prepare: trains all updates together, telling its steps; None where they are not trained.
+            The first update that is loaded does it otherwise.
     """
 
     updates: Mapping[str, LazyUpdate]
@@ -278,6 +286,9 @@ class Adapter(Mapping[str, LazyUpdate]):
     format: str = "peft"
     rereading: Rereading | None = field(default=None, repr=False, compare=False)
     path: Path | None = None
+    prepare: Callable[[Mapper, Counter], None] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def __getitem__(self, name: str) -> LazyUpdate:
         return self.updates[name]

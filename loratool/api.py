@@ -140,6 +140,10 @@ def extract(
     calibration_samples: int = 128,
     calibration_length: int | None = None,
     tokenizer: str = "",
+    refine: int | None = None,
+    refine_loss: str | None = None,
+    refine_rate: float = 0.03,
+    refine_penalty: float = 0.0,
 ) -> LazyAdapter | LazyLadder:
     """The difference of two checkpoints as a LoRA adapter, lazily.
 
@@ -180,6 +184,10 @@ def extract(
         calibration_samples: how many of them are used at most.
         calibration_length: how many tokens of each; None for 512, or what the model takes.
         tokenizer: a directory with the tokenizer, if it is not the model's own.
+        refine: train the factors by so many steps to answer as the fine-tune; None for not at all.
+        refine_loss: "kl" or "mse"; None for "kl" where there are logits of classes.
+        refine_rate: learning rate, as a share of each factor's root mean square.
+        refine_penalty: weight of the distance from the extracted factors.
 
     Returns:
         The adapter; with `ranks`, all of them: `adapters` has each by its rank.
@@ -195,7 +203,8 @@ def extract(
         None if ranks is None else ",".join(str(each) for each in ranks),
         tuple(target), tuple(exclude), factorizer, compute, device, seed, dtype, sparse,
         lora_only, embeddings, tuple(map), architecture, base_name, format, calibrate, calibrate_on,
-        moments, calibration_samples, calibration_length, tokenizer,
+        moments, calibration_samples, calibration_length, tokenizer, refine, refine_loss,
+        refine_rate, refine_penalty,
     )  # fmt: skip
     found = step.run(_checkpoint(base), _checkpoint(finetuned))
     if isinstance(found, Ladder):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import plugins
-from loratool.adapter import Adapter, LazyUpdate
+from loratool.adapter import Adapter, Counter, LazyUpdate
 from loratool.card import model_card
 from loratool.checkpoint import Checkpoint
 from loratool.digests import file_digest
@@ -37,6 +37,11 @@ def no_progress(name: str, size: int) -> None:
     """Tell nobody."""
 
 
+def no_count(what: str, total: int) -> Callable[[str], None]:
+    """Tell nobody of steps."""
+    return lambda text: None
+
+
 @dataclass(frozen=True)
 class Drain:
     """How a lazy result is drained.
@@ -47,6 +52,7 @@ class Drain:
         start: is told what is about to be done and how many bytes it reads or writes.
         progress: is told each tensor's name and bytes as it is done.
         alone: whether this process does nothing else, before or after.
+        count: begins work that is counted in steps, not bytes; what it returns is told of each.
     """
 
     executor: str = "threads"
@@ -54,6 +60,7 @@ class Drain:
     start: Callable[[str, int], None] = no_progress
     progress: Progress = no_progress
     alone: bool = False
+    count: Counter = no_count
 
 
 @contextmanager
@@ -117,6 +124,8 @@ def save_adapter(
             if adapter.gathered is not None:
                 adapter.gathered.gather(folder, executor, drain.progress)
                 drain = replace(drain, progress=no_progress)
+            if adapter.prepare is not None:
+                adapter.prepare(executor.map, drain.count)
             return write_adapter(adapter, writer, folder, target, executor, drain.progress)
 
 

@@ -14,10 +14,18 @@ _MESSAGE_LIMIT = 240
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings, logs and progress bars of other packages off the terminal inside the block."""
-    before, sink = logging.root.manager.disable, io.StringIO()
+    sink = io.StringIO()
+    with without_warnings(), redirect_stdout(sink), redirect_stderr(sink):
+        yield
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep warnings and logs off the terminal inside the block; our own progress bar stays."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

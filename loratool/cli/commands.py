@@ -313,7 +313,7 @@ def _save(result: Any, target: Path, values: Mapping[str, Any], bar: ProgressBar
     for note in getattr(result, "notes", ()):
         print_error(note, "Note")
     executor = values.get("executor", "serial")
-    drain = Drain(executor, bool(values["overwrite"]), bar.start, bar.advance, alone=True)
+    drain = Drain(executor, bool(values["overwrite"]), bar.start, bar.advance, True, bar.count)
     if isinstance(result, Adapter):
         return _told(save_adapter(result, target, drain))
     if isinstance(result, Checkpoint):

@@ -100,6 +100,18 @@ class ProgressBar:
         if not self._quiet:
             self._task = self._shown().add_task(what, total=size or None, tensor="")
 
+    def count(self, what: str, total: int) -> Callable[[str], None]:
+        """Begin work of so many steps: see `loratool.engine.Drain`."""
+        if self._quiet:
+            return lambda text: None
+        progress = self._shown()
+        task = progress.add_task(what, total=total, tensor="", steps=True)
+
+        def advance(text: str) -> None:
+            progress.update(task, advance=1, tensor=text)
+
+        return advance
+
     def begin(self, name: str, size: int) -> Callable[[int], None]:
         """A file begins to come from elsewhere: see `loratool.files.Watcher`."""
         if self._quiet or size < _SMALL_FILE:
@@ -121,14 +133,24 @@ class ProgressBar:
             BarColumn,
             DownloadColumn,
             Progress,
+            Task,
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.text import Text
+
+        class SizeColumn(DownloadColumn):
+            """Bytes, or steps."""
+
+            def render(self, task: Task) -> Text:
+                if not task.fields.get("steps"):
+                    return super().render(task)
+                return Text(f"{task.completed:.0f}/{task.total:.0f}", style="progress.download")
 
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
+            SizeColumn(binary_units=True),
             TimeRemainingColumn(),
             TextColumn("{task.fields[tensor]}", style="dim"),
             console=Console(stderr=True),

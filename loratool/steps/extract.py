@@ -29,6 +29,7 @@ from loratool.plugins import Operand, option
 from loratool.rank_options import RankOptions
 from loratool.respelling import named_for
 from loratool.skeleton import architecture_of
+from loratool.training import DEFAULT_RATE, MEASURES, Training
 
 if TYPE_CHECKING:
     from loratool.calibrated import Calibration
@@ -110,7 +111,7 @@ class Extract:
     format: str = option("peft", "adapter format to write", kind="adapter_formats")
     calibrate: str = option(
         "", "fit the factors to the inputs in this file: texts, token ids or images "
-        "(--factorizer activation)", metavar="FILE",
+        "(--factorizer activation, --refine)", metavar="FILE",
     )  # fmt: skip
     calibrate_on: str = option(
         "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
@@ -125,6 +126,22 @@ class Extract:
     )
     tokenizer: str = option("", "a directory with the tokenizer, if not the model's", metavar="DIR")
 
+    refine: int | None = option(
+        None, "train the factors by so many steps to answer --calibrate's inputs as the fine-tune",
+        metavar="STEPS",
+    )  # fmt: skip
+    refine_loss: str | None = option(
+        None, "what is made small: KL divergence of logits, or mean squared error of logits or, "
+        "without any, of hidden states (default: kl where there are logits of classes)",
+        choices=MEASURES,
+    )  # fmt: skip
+    refine_rate: float = option(
+        DEFAULT_RATE, "learning rate, as a share of each factor's root mean square"
+    )
+    refine_penalty: float = option(
+        0.0, "weight of ||BA - B0A0||^2 / ||B0A0||^2, the distance from the extracted factors"
+    )
+
     def __post_init__(self) -> None:
         self._check_calibration()
         self._ranks()  # a wrong value is told before anything is opened
@@ -132,6 +149,7 @@ class Extract:
         writer = plugins.create("adapter_formats", self.format)
         if self.sparse is not None:
             self._check_sparse(self.sparse, "sparse" in writer.carries)
+        self._training()
 
     def run(self, base: Checkpoint, finetuned: Checkpoint) -> Adapter | Ladder:
         """Compare headers and plan one update for each tensor; nothing is computed yet.
@@ -156,6 +174,8 @@ class Extract:
             adapter = within_budget(pair, extraction.reader, low_rank, whole, options, build)
         else:
             adapter = build(low_rank, whole, options.facts())
+        if training := self._training():
+            adapter = self._refined(adapter, training, pair, base, finetuned)
         return self._named(adapter, base)
 
     def _extraction(
@@ -274,7 +294,9 @@ class Extract:
 
     @property
     def _factorizer(self) -> str:
-        return "activation" if self.calibrate and self.factorizer == "krylov" else self.factorizer
+        # Refining starts from the SVD: on rxnfp it gets further from there (benchmarks/refine.py).
+        fits = self.calibrate and self.refine is None and self.factorizer == "krylov"
+        return "activation" if fits else self.factorizer
 
     def _check_calibration(self) -> None:
         name = self._factorizer.partition(":")[0]
@@ -282,7 +304,7 @@ class Extract:
             raise UsageError(
                 "--factorizer activation fits to inputs: name them by --calibrate FILE"
             )
-        if self.calibrate and name != "activation":
+        if self.calibrate and name != "activation" and self.refine is None:
             raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
         by_weights = ("noise_floor", "budget", "ranks")
         if self.calibrate and (given := [n for n in by_weights if getattr(self, n)]):
@@ -297,7 +319,7 @@ class Extract:
     def _calibration(
         self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
     ) -> Calibration | None:
-        if not self.calibrate:
+        if self._factorizer.partition(":")[0] != "activation":
             return None
         from loratool.calibrated import Calibration, Plan
         from loratool.calibration import Limits
@@ -311,6 +333,45 @@ class Extract:
         )
         changes = [(c, factor_dtype(c, dtype)) for c in pair.changes() if c.factored]
         return Calibration(plan, base, finetuned, changes, self.architecture)
+
+    def _training(self) -> Training | None:
+        """What --refine and its companions mean together."""
+        if self.refine is None:
+            if (self.refine_loss, self.refine_rate, self.refine_penalty) != (None, DEFAULT_RATE, 0):
+                raise UsageError("--refine-loss, -rate and -penalty are about --refine STEPS")
+            return None
+        if not self.calibrate:
+            raise UsageError("--refine needs inputs to run the models on: --calibrate FILE")
+        if self.sparse is not None:
+            raise UsageError("--refine trains A and B alone: leave --sparse out, or it")
+        return Training(
+            self.refine, self.refine_loss, self.refine_rate, self.refine_penalty, self.seed
+        )
+
+    def _refined(
+        self,
+        adapter: Adapter,
+        training: Training,
+        pair: Pair,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+    ) -> Adapter:
+        from loratool.calibration import Limits, read_inputs
+        from loratool.refinement import refined
+        from loratool.running import open_model
+        from loratool.steps.merge import Merge
+
+        tuned = finetuned.with_config(pair.config) if pair.config else finetuned
+        teacher = open_model(tuned, architecture=self.architecture)
+        file, folder = Path(self.calibrate), Path(self.tokenizer) if self.tokenizer else None
+        limits = Limits(self.calibration_samples, self.calibration_length)
+        inputs = read_inputs(file, teacher, limits, (finetuned, base), folder)
+        merge = Merge(architecture=self.architecture)
+
+        def merged(part: Adapter) -> Checkpoint:
+            return merge.merged(base, [(part, 1.0)])
+
+        return refined(adapter, pair.changes(), teacher, inputs, file, merged, training)
 
     def _selection(self) -> Selection:
         return Selection(
