@@ -227,7 +227,7 @@ class DeltaReader:
                     moment,
                 )
             except InputError as error:
-                raise _name_culprit(base, tuned, error) from error
+                raise culprit(base, tuned, error) from error
             if not experts:
                 self._remember(tuned.name, found)
             totals += found.certificate.total
@@ -262,7 +262,7 @@ class DeltaReader:
             context = Context(name, base.read().flatten(1), tuned.read().flatten(1), transposed)
             delta = self._formed(context.before, context.after).values
             if not is_finite(delta):
-                raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+                raise culprit(base, tuned)
             if delta.any():
                 yield delta, context
 
@@ -345,7 +345,7 @@ class DeltaReader:
             return Replacement(tuned)
         norm, change = _change(base, tuned)
         if not math.isfinite(change):
-            raise _name_culprit(base, tuned, InputError("NaN or Inf"))
+            raise culprit(base, tuned)
         if change == 0 and base.dtype != tuned.dtype:
             return None
         return Replacement(tuned, change / norm if norm else math.inf)
@@ -509,12 +509,21 @@ def _require_finite(tensor: LazyTensor) -> None:
         raise InputError(f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it first")
 
 
-def _name_culprit(base: LazyTensor, tuned: LazyTensor, error: InputError) -> InputError:
-    """Say which of the two tensors holds NaN or Inf."""
-    for tensor in (base, tuned):
+def culprit(
+    base: LazyTensor | None, tuned: LazyTensor, error: InputError | None = None
+) -> InputError:
+    """Say which of two tensors holds NaN or Inf.
+
+    Args:
+        base: the one that the base has, if any.
+        tuned: the fine-tune's.
+        error: what to say if none of them does; None if that is an overflow.
+    """
+    for tensor in filter(None, (base, tuned)):
         if not all(is_finite(block) for block in tensor.blocks()):
             return InputError(
                 f"{tensor.origin}: {tensor.name}: holds NaN or Inf; repair it, or leave it out "
                 "with --exclude"
             )
-    return InputError(f"{tuned.origin}: {tuned.name}: {error}")
+    why = error or "its difference from the base overflows"
+    return InputError(f"{tuned.origin}: {tuned.name}: {why}")

@@ -111,7 +111,9 @@ def _advice_facts(advice: Advice, told: Told) -> dict[str, Any]:
     recommended = None
     if advice.rank is not None:
         recommended = {
+            "factorizer": advice.factorizer or None,
             "rank": advice.rank,
+            "sparse": advice.entries,
             "energy": advice.energy,
             "bytes": advice.size,
             "command": _command(advice, told),
@@ -122,13 +124,23 @@ def _advice_facts(advice: Advice, told: Told) -> dict[str, Any]:
         "energy_by_rank": {str(rank): share for rank, share in advice.kept.items()},
         "rank_for": {f"{share:g}": _pair(found) for share, found in advice.rank_for.items()},
         "whole_bytes": advice.whole_size,
-        "sparse_bytes": advice.sparse_size,
+        "representation": None if advice.forms is None else advice.forms.as_json(),
         "recommendation": recommended,
     }
 
 
 def _command(advice: Advice, told: Told) -> str:
-    return shlex.join([*told.command, "--rank", str(advice.rank)])
+    return shlex.join([*told.command, *_options(advice)])
+
+
+def _options(advice: Advice) -> list[str]:
+    """What extract is to be asked for."""
+    words = ["--rank", str(advice.rank)]
+    if advice.entries is not None:
+        words += ["--sparse", f"{advice.entries:g}"]
+    if advice.factorizer:
+        words += ["--factorizer", advice.factorizer]
+    return words
 
 
 def _facts(difference: Difference, place: Place) -> dict[str, Any]:
@@ -148,7 +160,6 @@ def _facts(difference: Difference, place: Place) -> dict[str, Any]:
         "norm": math.sqrt(difference.energy),
         "changed": difference.changed,
         "changed_share": difference.changed / max(1, difference.elements),
-        "rounding_norm": math.sqrt(difference.rounding),
     }
     spectrum = difference.spectrum
     if spectrum is None:
@@ -161,6 +172,7 @@ def _facts(difference: Difference, place: Place) -> dict[str, Any]:
         "stable_rank": spectrum.stable_rank,
         "effective_rank": _pair(spectrum.effective_rank),
         "rank_for": {f"{share:g}": _pair(spectrum.rank_for(share)) for share in _SHARES},
+        "rounding_norm": math.sqrt(difference.rounding),
         "noise_edge": difference.edge,
         "above_noise": _pair(spectrum.above(difference.edge)),
         "merged_rank": difference.merged_rank,
@@ -268,21 +280,18 @@ def _advice_lines(
         f"99% rank {_between(advice.rank_for[0.99])}"
     )
     recommended = data["recommendation"]
-    if advice.look == "sparse":
-        yield (
-            "LoRA is the wrong tool for a sparse update: its changed entries take "
-            f"{format_bytes(advice.sparse_size)}, factors of 90% of the energy at least "
-            f"{format_bytes(factors_size(spectra, int(needed.low)))}"
-        )
+    if advice.forms is not None and advice.forms.best != "low_rank":
+        yield from advice.forms.lines()
     elif advice.look == "full":
         low = format_bytes(factors_size(spectra, int(needed.low)))
         dense = format_bytes(sum(d.change.after.nbytes for d in spectra))
         least = "" if needed.is_exact else "at least "
         yield f"90% takes {least}{low} as factors; the matrices themselves take {dense}"
+    about = "" if advice.entries is None else "about "
     whole = f", of it {format_bytes(advice.whole_size)} kept whole" if advice.whole_size else ""
     yield (
-        f"recommendation: --rank {advice.rank} ({format_bytes(advice.size)}{whole}; "
-        f"{format_share(advice.energy)} of ||delta||^2)"
+        f"recommendation: {' '.join(_options(advice))} ({format_bytes(advice.size)}{whole}; "
+        f"{about}{format_share(advice.energy)} of ||delta||^2)"
     )
     yield f"  {recommended['command']}"
 

@@ -131,14 +131,17 @@ class Extraction:
         """What the report says after draining; no advice to those who follow it already."""
         calibrated = () if self.calibration is None else self.calibration.lines()
         suspicion = self._suspicion()
-        # Of a merged LoRA only the rounding is beyond its rank.
-        silent = self.sparse is not None or (suspicion is not None and not suspicion.is_blind)
+        # Of a merged LoRA only the rounding is beyond its rank; of what may be one, a line tells.
+        silent = self.sparse is not None or suspicion is not None
         advice = () if silent else self.advisor.lines()
+        may_be_both = suspicion is not None and suspicion.is_blind and self.sparse is None
+        entries = self.advisor.entries() if may_be_both else 0.0
+        otherwise = f"a sparse one, which `--rank 1 --sparse {entries:g}` keeps" if entries else ""
         return (
             *_noise_lines(self.reader.under_noise),
             *calibrated,
             *_choice_lines(self.reader),
-            *suspicion_lines(suspicion),
+            *suspicion_lines(suspicion, otherwise),
             *advice,
         )
 

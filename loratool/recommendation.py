@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from loratool.differences import Difference, shape_of
 from loratool.dtypes import itemsize
+from loratool.representation import Forms, forms_of
+from loratool.representation import Spectrum as Known
 from loratool.spectra import Range, captured, smallest_rank
 
 Look = Literal["same", "merged_lora", "sparse", "full", "whole", "unknown"]
@@ -17,10 +19,6 @@ Look = Literal["same", "merged_lora", "sparse", "full", "whole", "unknown"]
 # A rank that keeps this share is enough; where none does, doubling it has to add this much.
 ENOUGH, WORTH_DOUBLING = 0.9, 0.05
 _STEP = 8
-# A change of fewer weights than this may be sparse.
-_FEW = 0.35
-# A place in a sparse matrix takes an index of so many bytes beside its value.
-_INDEX = 4
 # So much of the energy has to be of one kind before a model is said to be.
 _MOST = 0.9
 
@@ -34,28 +32,34 @@ class Advice:
             fine-tuning), "whole" (only tensors that factors cannot express), or "unknown" (no
             spectra).
         merged_rank: the rank of the LoRA, if it looks like one.
+        factorizer: what to extract with, if not the usual one; else "".
         rank: the rank to extract with; None where there are no spectra.
-        energy: the share of the energy of all factored changes that it keeps.
-        size: bytes of the adapter at that rank, with what is kept whole.
+        entries: the share of the entries to keep besides; None for none.
+        energy: the share of the energy of all factored changes that they keep; of a sparse change
+            estimated from samples.
+        size: bytes of the adapter then, with what is kept whole.
         whole_size: bytes of that.
-        sparse_size: bytes of all changed entries of the factored changes, as values and indices.
+        forms: what the changed matrices take in other forms, but for experts; None of a merged
+            LoRA, and where there are no spectra.
         rank_for: share -> smallest rank common to all that keeps it.
         kept: rank -> share of the energy that it keeps.
     """
 
     look: Look
-    merged_rank: int | None
-    rank: int | None
-    energy: float
-    size: int
-    whole_size: int
-    sparse_size: int
-    rank_for: dict[float, Range]
-    kept: dict[int, float]
+    merged_rank: int | None = None
+    factorizer: str = ""
+    rank: int | None = None
+    entries: float | None = None
+    energy: float = 0.0
+    size: int = 0
+    whole_size: int = 0
+    forms: Forms | None = None
+    rank_for: Mapping[float, Range] = field(default_factory=dict)
+    kept: Mapping[int, float] = field(default_factory=dict)
 
 
 def advise(differences: Sequence[Difference], largest: int) -> Advice:
-    """Judge a model's differences.
+    """Judge a model's differences; reads samples of some of those that are no merged LoRA.
 
     Args:
         differences: all of them.
@@ -64,13 +68,12 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
     changed = [d for d in differences if d.is_changed]
     factored = [d for d in changed if d.spectrum is not None]
     whole_size = sum(d.change.after.nbytes for d in changed if not d.change.factored)
-    sparse = sum(d.changed * (_itemsize(d) + _INDEX) for d in changed if d.change.factored)
     spectra = [d.spectrum for d in factored if d.spectrum is not None]
     total = math.fsum(s.total for s in spectra)
     if not spectra or not total:
         is_whole = not any(d.change.factored for d in changed)
         look: Look = "unknown" if not is_whole else "whole" if changed else "same"
-        return Advice(look, None, None, 0.0, whole_size, whole_size, sparse, {}, {})
+        return Advice(look, size=whole_size, whole_size=whole_size)
     ranks = [2**power for power in range(11) if 2**power <= largest]
     kept = {
         rank: captured(spectra, rank).low / total
@@ -80,22 +83,27 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
     merged = _merged_rank(factored)
     rank_for = {share: smallest_rank(spectra, share) for share in (0.5, ENOUGH, 0.99)}
     rank = merged or min(_worthwhile(kept, rank_for[ENOUGH]), _most_above_noise(factored))
-    needed = rank_for[ENOUGH].low
+    forms = None if merged else _forms(factored)
+    size = whole_size + factors_size(factored, rank)
+    energy = captured(spectra, rank).low / total
+    look, factorizer, entries = "full", "", None
     if merged:
         look = "merged_lora"
-    elif _is_few(factored) and sparse < factors_size(factored, int(needed)):
-        look = "sparse"
-    else:
-        look = "full"
-    size = whole_size + factors_size(factored, rank)
+        is_rounded = all(d.change.after.dtype in ("BF16", "F16") for d in factored)
+        factorizer = "rounding_cell" if is_rounded else ""
+    elif forms is not None and forms.best == "sparse":
+        look, rank, entries, energy = "sparse", 1, forms.entries, forms.share
+        size = whole_size + factors_size(factored, 1) + forms.sparse
     return Advice(
         look,
         merged,
+        factorizer,
         rank,
-        captured(spectra, rank).low / total,
+        entries,
+        energy,
         size,
         whole_size,
-        sparse,
+        forms,
         rank_for,
         kept,
     )
@@ -123,8 +131,18 @@ def _itemsize(difference: Difference) -> int:
     return itemsize("BF16" if before is not None and before.dtype == "BF16" else "F32")
 
 
-def _is_few(factored: Sequence[Difference]) -> bool:
-    return sum(d.changed for d in factored) < _FEW * sum(d.elements for d in factored)
+def _forms(factored: Sequence[Difference]) -> Forms | None:
+    """What these changes take in every form; of experts only factors can be written."""
+    known, tensors = {}, {}
+    for difference in factored:
+        found, change = difference.spectrum, difference.change
+        if found is None or change.before is None or change.kind == "experts":
+            continue
+        leading = tuple(value * value for value in found.sigma)
+        sides, size = shape_of(difference), _itemsize(difference)
+        known[change.name] = Known(leading, found.total, found.known, sides, size)
+        tensors[change.name] = change.before, change.after
+    return forms_of(known, tensors)
 
 
 def _merged_rank(factored: Sequence[Difference]) -> int | None:

@@ -37,9 +37,10 @@ _SAMPLE_ELEMENTS = 1 << 16  # of each
 _PROBES = 16  # random vectors of a moment of the spectrum
 _MOMENTS = 2  # matrices whose moment is estimated, of at most so many elements
 _MOMENT_ELEMENTS = 1 << 25
-# Sparse must be so much smaller than low rank to be called the better form; and low rank must be
-# so much of the whole delta that neither is one.
-_CLEARLY = 1.5
+# Sparse must be so much smaller than low rank, and such a share of the whole delta (of Gaussian
+# noise, 44% of the entries hold 90%), to be called the better form; and low rank must be so much of
+# the whole delta that neither is one.
+_CLEARLY, _HALF = 1.5, 0.5
 _NEARLY = 0.75
 
 
@@ -206,9 +207,14 @@ class Forms:
     @property
     def best(self) -> Form:
         """Which of them to take; low rank unless another is clearly better."""
-        if self.sparse * _CLEARLY <= self.low_rank and self.sparse < self.dense:
+        if self.sparse * _CLEARLY <= self.low_rank and self.sparse <= _HALF * self.dense:
             return "sparse"
         return "dense" if self.low_rank >= _NEARLY * self.dense else "low_rank"
+
+    @property
+    def entries(self) -> float:
+        """The share of the entries to ask for as single entries."""
+        return _rounded_up(self.needed)
 
     def as_json(self) -> dict[str, Any]:
         """For manifests."""
@@ -221,7 +227,7 @@ class Forms:
         why, advice = "neither of low rank nor sparse", "keep the fine-tune itself"
         if self.best == "sparse":
             why = "sparse, and not of low rank"
-            advice = f"`--rank 1 --sparse {_rounded_up(self.needed):g}` keeps the largest entries"
+            advice = f"`--rank 1 --sparse {self.entries:g}` keeps the largest entries"
         more = "more than " if self.at_least else ""
         return (
             f"LoRA is the wrong tool here: the difference is {why}; about "
@@ -337,6 +343,11 @@ class Advisor:
                 self._forms = None if reached else forms_of(spectra, self._tensors, self._seed)
                 self._number = len(spectra)
             return self._forms
+
+    def entries(self) -> float:
+        """The share of the entries to ask for as single entries; 0 if another form is better."""
+        forms = self.forms()
+        return forms.entries if forms is not None and forms.best == "sparse" else 0.0
 
     def lines(self) -> tuple[str, ...]:
         """For the report."""

@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 # A share of the energy closer to 1 than this cannot be told from 1 in fp32.
-_RESOLUTION = 1e-6
+RESOLUTION = 1e-6
 
 
 class Range(NamedTuple):
@@ -60,7 +60,7 @@ class Spectrum:
     def rest(self) -> float:
         """Energy of the values that are not known; 0 where it is only rounding."""
         missing = self.total - self.known
-        is_over = len(self.sigma) == self.count or missing <= _RESOLUTION * self.total
+        is_over = len(self.sigma) == self.count or missing <= RESOLUTION * self.total
         return 0.0 if is_over else missing
 
     @property
@@ -108,7 +108,7 @@ class Spectrum:
 
     def rank_for(self, share: float) -> Range:
         """The smallest rank that captures a share of the energy, in (0, 1]; 0 of a zero matrix."""
-        wanted = share * self.total * (1 - _RESOLUTION)
+        wanted = share * self.total * (1 - RESOLUTION)
         if wanted <= self.known or not self.rest:
             found = min(bisect_left(self._cumulative, wanted), len(self.sigma))
             return Range(found, found)
@@ -142,7 +142,7 @@ def captured(spectra: Iterable[Spectrum], rank: int) -> Range:
 
 def smallest_rank(spectra: Sequence[Spectrum], share: float) -> Range:
     """The smallest rank for every matrix that captures a share of the energy of all together."""
-    wanted = share * math.fsum(spectrum.total for spectrum in spectra) * (1 - _RESOLUTION)
+    wanted = share * math.fsum(spectrum.total for spectrum in spectra) * (1 - RESOLUTION)
     most = max((spectrum.count for spectrum in spectra), default=0)
     ranks = range(most)
     return Range(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import blake3
 
 from loratool.linalg import Certificate, tiles
+from loratool.spectra import RESOLUTION
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,9 @@ RECOVERED = "rounding-cell"
 _PASSES = 1.2
 # Of the smaller side: beyond this rank little is left of anything.
 _LARGEST_SHARE = 0.25
-# torch's name -> (bits after the leading one, exponent of the smallest normal number)
-_COARSE = {"torch.bfloat16": (7, -126), "torch.float16": (10, -14)}
+# The next singular value of a LoRA that was merged is smaller by this factor at least.
+_GAP = 1.3
+_COARSE = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 _EXPONENT_BITS = 0x7F800000  # of fp32
 # Processor time of a recovery, a weight: 0.3 to 1.4 in benchmarks/rounding_cell.py.
 _SECONDS = 1e-6
@@ -93,23 +95,24 @@ def is_coarse(values: torch.Tensor) -> bool:
 
 
 def rounding_energy(after: torch.Tensor) -> float:
-    """Sum of u^2 / 12 over `after` (any shape, bf16 or fp16), u its units in the last place."""
+    """Sum of u^2 / 12 over `after` (any shape and float type), u its units in the last place."""
     import torch
 
-    bits, lowest = _COARSE[str(after.dtype)]
+    format = torch.finfo(after.dtype)
+    least = max(format.smallest_normal, torch.finfo(torch.float32).smallest_normal)
     total = 0.0
     for part in tiles(after):
         exponents = after[part].float().view(torch.int32).bitwise_and_(_EXPONENT_BITS)
-        powers = exponents.view(torch.float32).clamp_(min=2.0**lowest)
+        powers = exponents.view(torch.float32).clamp_(min=least)
         total += float(torch.linalg.vector_norm(powers, dtype=torch.float64)) ** 2
-    return float(total * 4.0**-bits / 12)
+    return float(total * format.eps**2 / 12)
 
 
 def gate(after: torch.Tensor, total: float, captured: float, rank: int) -> Gate:
     """Test one matrix.
 
     Args:
-        after: (out, in), the fine-tune's values, bf16 or fp16.
+        after: (out, in), the fine-tune's values.
         total: ||delta||_F^2.
         captured: the part of it that the best matrix of rank `rank` captures.
         rank: that rank, less than either side.
@@ -121,7 +124,7 @@ def gates(after: torch.Tensor, total: float, energies: Sequence[float]) -> list[
     """Test one matrix at every rank from 1 to the number of known squared singular values.
 
     Args:
-        after: (out, in), bf16 or fp16.
+        after: (out, in), the fine-tune's values.
         total: ||delta||_F^2.
         energies: the leading squared singular values of the delta, descending.
     """
@@ -141,7 +144,43 @@ def _gate(noise: float, shape: tuple[int, int], total: float, captured: float, r
     left = noise * (rows - rank) * (columns - rank) / (rows * columns)
     if noise <= 0:
         return Gate(0.0, 0.0, rank)
-    return Gate(max(0.0, total - captured) / left if left > 0 else 0.0, total / noise, rank)
+    missing = total - captured
+    missing = missing if missing > RESOLUTION * total else 0.0
+    return Gate(missing / left if left > 0 else 0.0, total / noise, rank)
+
+
+def first_passed(found: Iterable[Gate]) -> Gate | None:
+    """The first of several tests, of ascending ranks, that is passed."""
+    return next((gate for gate in found if gate.passed), None)
+
+
+def merged_rank(found: Sequence[Gate], sigma: Sequence[float], above: int) -> int | None:
+    """The rank at which a merged LoRA ends and rounding begins.
+
+    The first rank that passes may be too low where the errors are as large as the update, and more
+    values may stand above their edge than it has; the widest gap between two values from the one
+    to the other decides.
+
+    Args:
+        found: the tests of a matrix at the ranks from 1 on.
+        sigma: its leading singular values, descending; at least as many.
+        above: how many of them are larger than those of rounding alone.
+
+    Returns:
+        None if no test is passed, or if no gap shows where the update ends.
+    """
+    first = first_passed(found)
+    if first is None:
+        return None
+    last = max(first.rank, min(len(found), above))
+    best = max(range(first.rank, last + 1), key=lambda rank: _gap(sigma, rank))
+    return best if _gap(sigma, best) >= _GAP else None
+
+
+def _gap(sigma: Sequence[float], rank: int) -> float:
+    """By how much the next singular value is smaller."""
+    rest = sigma[rank : rank + 1]
+    return sigma[rank - 1] / rest[0] if rest and rest[0] > 0 else math.inf
 
 
 def suspected(
@@ -159,11 +198,11 @@ def suspected(
     for name, after, total, energies in samples:
         if not is_coarse(after):
             return None
-        first = next((gate for gate in gates(after, total, energies) if gate.passed), None)
+        first = first_passed(gates(after, total, energies))
         if first is None:
             return None
         found[name] = first
-        dtypes.add({"torch.bfloat16": "bf16", "torch.float16": "fp16"}[str(after.dtype)])
+        dtypes.add(_COARSE[str(after.dtype)])
     return Suspicion(found, " and ".join(sorted(dtypes)), weights) if found else None
 
 
@@ -187,12 +226,22 @@ def suspicion_facts(found: Suspicion | None) -> dict[str, Any]:
     }
 
 
-def suspicion_lines(found: Suspicion | None) -> list[str]:
-    """A suspicion in words, and what can be done; nothing if there is none."""
+def suspicion_lines(found: Suspicion | None, otherwise: str = "") -> list[str]:
+    """A suspicion in words, and what can be done; nothing if there is none.
+
+    Args:
+        found: the suspicion.
+        otherwise: what else it may be, and what to do then, where the test is blind.
+    """
     if found is None:
         return []
     what = f"a merged LoRA of about rank {found.rank}, rounded to {found.dtype}"
     cost = _duration(found.weights * _SECONDS)
+    if found.is_blind and otherwise:
+        return [
+            "the change is too small to tell without trying: it is a merged LoRA, which "
+            f"`--factorizer auto` recovers in about {cost} of processor time, or {otherwise}"
+        ]
     if found.is_blind:
         return [
             f"perhaps {what}: the change is too small to tell without trying, which "

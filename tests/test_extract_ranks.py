@@ -482,3 +482,13 @@ def test_what_is_measured_by_outputs_is_not_cut_by_weights(
     flag = next(iter(options)).replace("_", "-")
     with pytest.raises(UsageError, match=f"--calibrate .*--{flag}"):
         extract(slow, calibrate="texts.txt", **options)
+
+
+@pytest.mark.parametrize("factorizer", ["auto", "rounding_cell"])
+@pytest.mark.parametrize("options", [{"ranks": "2,4"}, {"budget": "1MiB"}])
+def test_only_singular_value_decompositions_are_cut(
+    slow: Folders, factorizer: str, options: dict[str, Any]
+) -> None:
+    (flag,) = options
+    with pytest.raises(UsageError, match=f"--{flag} .*--factorizer {factorizer} "):
+        extract(slow, factorizer=factorizer, **options)

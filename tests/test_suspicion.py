@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from loratool.linalg import Context
+from loratool.noise import rounding_noise
 from loratool.suspicion import (
     Suspicion,
     gate,
     gates,
     in_any_order,
+    merged_rank,
     rounding_energy,
     suspected,
     suspicion_facts,
@@ -34,7 +36,7 @@ def spectrum(context: Context) -> tuple[float, list[float]]:
     return float(sigma.square().sum()), sigma[:16].square().tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_energy_of_rounding_is_that_of_rounding(dtype: torch.dtype) -> None:
     exact = torch.randn(500, 700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rounded = exact.to(dtype)
@@ -70,6 +72,26 @@ def test_only_ranks_that_leave_most_directions_are_looked_at() -> None:
     assert [g.rank for g in gates(context.after, total, energies)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("ratio", [3e-3, 6e-3, 3e-2])
+def test_the_rank_of_a_merged_lora_is_where_the_gap_is(ratio: float) -> None:
+    context, _ = merged(ratio=ratio, rank=8)
+    total, energies = spectrum(context)
+    found, sigma = gates(context.after, total, energies), [energy**0.5 for energy in energies]
+    above = sum(value > rounding_noise(delta(context), context.after).edge for value in sigma)
+    assert merged_rank(found, sigma, above) == 8
+    full = tuned(ratio=ratio)
+    total, energies = spectrum(full)
+    assert merged_rank(gates(full.after, total, energies), sigma, 16) is None
+
+
+def test_noise_alone_has_no_rank() -> None:
+    after = torch.ones(100, 100, dtype=torch.bfloat16)
+    noise = rounding_energy(after)
+    assert merged_rank(gates(after, noise, [0.03 * noise, 0.025 * noise]), (1.1, 1.0), 0) is None
+    assert merged_rank(gates(after, 6 * noise, [5 * noise, 0.1 * noise]), (7.1, 1.0), 1) == 1
+    assert merged_rank(gates(after, 9 * noise, [5 * noise, 0.1 * noise]), (7.1, 1.0), 1) is None
+
+
 def test_all_samples_must_pass() -> None:
     lora, full, fine = merged()[0], tuned(ratio=1e-2), merged(dtype=torch.float32)[0]
     good, bad = ("a", lora.after, *spectrum(lora)), ("b", full.after, *spectrum(full))
@@ -91,6 +113,9 @@ def test_what_is_said_of_it() -> None:
     (line,) = suspicion_lines(blind)
     assert line.startswith("perhaps a merged LoRA") and "`--factorizer auto`" in line
     assert "2 h of processor time" in line
+    (line,) = suspicion_lines(blind, "another")
+    assert "a merged LoRA" in line and line.endswith("or another")
+    assert suspicion_lines(clear, "another") == suspicion_lines(clear)
     assert suspicion_lines(None) == [] and suspicion_facts(None) == {}
     told = suspicion_facts(clear)["looks_like"]
     assert told["merged_lora_of_about_rank"] == 8 and not told["too_small_to_tell"]

@@ -144,6 +144,7 @@ class Extract:
 
     def __post_init__(self) -> None:
         self._check_calibration()
+        self._check_cuts()
         self._ranks()  # a wrong value is told before anything is opened
         parse_moves(self.map)
         writer = plugins.create("adapter_formats", self.format)
@@ -315,6 +316,18 @@ class Extract:
             )
         if self.calibration_samples < 1 or (self.calibration_length or 1) < 1:
             raise UsageError("--calibration-samples and --calibration-length: at least 1")
+
+    def _check_cuts(self) -> None:
+        """--ranks and --budget cut factors by their singular values, which must be the delta's."""
+        if not (self.ranks or self.budget):
+            return
+        found = plugins.create("factorizers", self._factorizer)
+        if hasattr(found, "factorize_in") or hasattr(found, "choose"):
+            flag = "--ranks" if self.ranks else "--budget"
+            raise UsageError(
+                f"{flag} cuts singular value decompositions, --factorizer {self._factorizer} may "
+                "find others: leave one out"
+            )
 
     def _calibration(
         self, base: Checkpoint, finetuned: Checkpoint, pair: Pair, dtype: str | None
