@@ -1,0 +1,265 @@
+"""Factors fitted to the model that they make, beside the same computed densely by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import loratool
+from fixtures.reactions import encode, reactions
+from fixtures.weights import RXNFP_BASE, RXNFP_TUNED, fetch
+from loratool.errors import UsageError
+from loratool.opening import open_checkpoint
+from loratool.running import open_model, run
+from tests.memory_models import TINY, change
+from tests.models import RECIPES, Pair, build, load, make_pair, perturb
+
+ROWS = [[5, 9, 2, 7, 11], [4, 8], [3, 30, 31, 40, 41, 42, 43], [6, 50], list(range(3, 20))]
+Model = Any
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lockstep") / "ids.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(RECIPES["llama"], tmp_path_factory.mktemp("llama"))
+
+
+def given_to(model: Model, name: str) -> torch.Tensor:
+    """What a module is given for all rows: (tokens, in), fp64."""
+    found = []
+    module = model.get_submodule(name)
+    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for row in ROWS:
+            model(input_ids=torch.tensor([row]))
+    hook.remove()
+    return torch.cat(found).double()
+
+
+def dense(
+    base: Model, tuned: Model, built: Model, names: list[str], rank: int, ridge: float
+) -> None:
+    """Give `built`, layer by layer, what reduced-rank ridge regression finds."""
+    for name in names:
+        turned = type(built.get_submodule(name)).__name__ == "Conv1D"
+
+        def weight(model: Model, name: str = name, turned: bool = turned) -> torch.Tensor:
+            found: torch.Tensor = model.get_submodule(name).weight.detach().double()
+            return found.t() if turned else found
+
+        y, x = given_to(tuned, name), given_to(built, name)
+        after, before = weight(tuned), weight(base)
+        wanted, c = y @ after.t() - x @ before.t(), x.t() @ x
+        shift = ridge * c.diagonal().mean()
+        metric = c + shift * torch.eye(len(c)).double()
+        full = torch.linalg.solve(metric, x.t() @ wanted + shift * (after - before).t()).t()
+        _, vectors = torch.linalg.eigh(full @ metric @ full.t())
+        left = vectors[:, -rank:]
+        update = before + left @ (left.t() @ full)
+        built.get_submodule(name).weight.data = (update.t() if turned else update).float()
+
+
+def logits(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([row]))[0].flatten() for row in ROWS])
+
+
+@pytest.mark.parametrize(("recipe", "ridge"), [("llama", 1.0), ("llama", 0.05), ("gpt2", 1.0)])
+def test_the_same_as_dense_regression_layer_by_layer(
+    tmp_path: Path, ids: Path, recipe: str, ridge: float
+) -> None:
+    pair = make_pair(RECIPES[recipe], tmp_path)
+    lazy = loratool.extract(
+        pair.base, pair.tuned, rank=4, calibrate=str(ids), calibrate_on="merged",
+        factorizer=f"activation:ridge={ridge}", exclude=["lm_head*"],
+    )  # fmt: skip
+    report = lazy.save(tmp_path / "adapter")
+    merged = loratool.merge(pair.base, [(tmp_path / "adapter", 1.0)])
+    tuned, built = pair.load_tuned(), pair.load_tuned()
+    base = load(pair.recipe.tuned, pair.base)
+    layers = [n for n, t in report.data["tensors"].items() if t["kind"] == "low_rank"]
+    order = [name for name, _ in tuned.named_modules()]
+    names = sorted((name.removesuffix(".weight") for name in layers), key=order.index)
+    for name in names:
+        built.get_submodule(name).weight.data = base.get_submodule(name).weight.data.clone()
+    dense(base, tuned, built, names, 4, ridge)
+    assert len(names) == (14 if recipe == "llama" else 8)
+    for name in names:
+        found = merged[f"{name}.weight"].read()
+        wanted = built.get_submodule(name).weight.detach()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4, name
+        told = report.data["tensors"][f"{name}.weight"]
+        after = tuned.get_submodule(name).weight.detach().double()
+        d, rest = after - base.get_submodule(name).weight.double(), after - found.double()
+        energy = 1 - float(rest.square().sum() / d.square().sum())
+        assert told["energy"] == pytest.approx(energy, abs=1e-4)
+    assert any("the one that the factors make" in line for line in report.lines)
+    assert report.data["calibration"]["model"] == "merged"
+    assert report.data["calibration"]["plain"] == report.data["calibration"]["apart"] == []
+
+
+def test_full_rank_gives_the_fine_tunes_outputs(tmp_path: Path, ids: Path, llama: Pair) -> None:
+    loratool.extract(llama.base, llama.tuned, rank=64, calibrate=str(ids)).save(tmp_path / "full")
+    merged = loratool.merge(llama.base, [(tmp_path / "full", 1.0)])
+    merged.save(tmp_path / "merged")
+    found = logits(load(llama.recipe.tuned, tmp_path / "merged"))
+    torch.testing.assert_close(found, logits(llama.load_tuned()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [[[5]], [[4, 8]]])
+def test_fewer_tokens_than_inputs(tmp_path: Path, llama: Pair, rows: list[list[int]]) -> None:
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(rows))
+    for ridge in ("1", "1e-6"):
+        loratool.extract(
+            llama.base, llama.tuned, rank=4, calibrate=str(path), calibrate_on="merged",
+            factorizer=f"activation:ridge={ridge}",
+        ).save(tmp_path / ridge)  # fmt: skip
+        merged = loratool.merge(llama.base, [(tmp_path / ridge, 1.0)])
+        assert all(bool(tensor.read().isfinite().all()) for tensor in merged.values())
+
+
+def test_the_same_bytes_with_any_executor(tmp_path: Path, ids: Path, llama: Pair) -> None:
+    found = set()
+    for executor in ("serial", "threads:workers=3"):
+        lazy = loratool.extract(llama.base, llama.tuned, rank=4, calibrate=str(ids))
+        assert lazy.save(tmp_path / executor, executor=executor).data["calibration"]["samples"] == 5
+        found.add((tmp_path / executor / "adapter_model.safetensors").read_bytes())
+    assert len(found) == 1
+
+
+def test_layers_that_stand_in_several_places(tmp_path: Path, ids: Path) -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=64, hidden_size=32, embedding_size=16, num_hidden_layers=3,
+        num_attention_heads=4, intermediate_size=48, max_position_embeddings=24,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = build("AlbertModel", config)
+    model.save_pretrained(tmp_path / "base")
+    perturb(model)
+    model.save_pretrained(tmp_path / "tuned")
+    options = {"rank": 4, "calibrate": str(ids)}
+    one = loratool.extract(
+        tmp_path / "base", tmp_path / "tuned", calibrate_on="merged", **options
+    ).save(tmp_path / "one")
+    other = loratool.extract(
+        tmp_path / "base", tmp_path / "tuned", calibrate_on="finetuned", **options
+    ).save(tmp_path / "other")
+    apart = one.data["calibration"]["apart"]
+    assert any("query" in name for name in apart) and not any("pooler" in n for n in apart)
+    assert any("called at several places" in line for line in one.lines)
+    for name in apart:
+        assert one.data["tensors"][name]["energy"] == other.data["tensors"][name]["energy"]
+    assert "pooler.weight" in one.data["tensors"]
+
+
+@pytest.mark.parametrize("lora_only", [False, True])
+def test_the_model_that_is_built_is_the_merged_one(
+    tmp_path: Path, ids: Path, lora_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Excluded targets stay the base's; norms, biases and heads are what the adapter carries."""
+    import loratool.calibrated as calibrated
+
+    pair = make_pair(RECIPES["bert-bare-base"], tmp_path)
+    seen: list[Any] = []
+    build_along = calibrated.build_along
+
+    def spied(tuned: Any, built: Any, *rest: Any) -> Any:
+        seen.append(built)
+        return build_along(tuned, built, *rest)
+
+    monkeypatch.setattr(calibrated, "build_along", spied)
+    loratool.extract(
+        pair.base, pair.tuned, rank=4, calibrate=str(ids), lora_only=lora_only,
+        exclude=["*attention.output.dense.*"], embeddings="whole", calibrate_on="merged",
+    ).save(tmp_path / "adapter")  # fmt: skip
+    merged = loratool.merge(pair.base, [(tmp_path / "adapter", 1.0)])
+    base = open_checkpoint(pair.base)
+    (built,) = seen
+    found = {name: tensor.read() for name, tensor in built.tensors.items()}
+    compared = 0
+    for name, tensor in merged.items():
+        spelled = [n for n in found if n == name or n.endswith(f".{name}")]
+        for other in spelled:
+            assert torch.equal(found[other], tensor.read()), name
+            compared += 1
+        if "attention.output.dense" in name:
+            assert torch.equal(tensor.read(), base[name.removeprefix("bert.")].read())
+    assert compared > 30
+
+
+def test_convolutions_and_experts(tmp_path: Path, ids: Path) -> None:
+    from loratool.calibration import Inputs
+    from loratool.lockstep import build_along
+
+    mixtral = TINY["mixtral"].build()
+    mixtral.save_pretrained(tmp_path / "base")
+    change(mixtral)
+    mixtral.save_pretrained(tmp_path / "tuned")
+    report = loratool.extract(
+        tmp_path / "base", tmp_path / "tuned", rank=2, calibrate=str(ids), calibrate_on="merged"
+    ).save(tmp_path / "adapter")
+    for name, told in report.data["tensors"].items():
+        if told["kind"] in ("low_rank", "experts"):
+            assert ("weighted" in told) == ("experts" not in name)
+
+    TINY["vit"].build().save_pretrained(tmp_path / "vit")
+    one, two = (open_model(open_checkpoint(tmp_path / "vit")) for _ in range(2))
+    name = next(n for n, _ in one.shell.model.named_modules() if n.endswith("projection"))
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs, found = Inputs(({"pixel_values": images},), ((0, 1, 2),), "images"), {}
+    course = build_along(one, two, inputs, [name], found.__setitem__)
+    assert course.fitted == {name} and not course.alone and not course.again
+    assert found[name].drift is not None and not bool(found[name].drift.any())
+    assert len(found[name].values) == one.shell.model.get_submodule(name).weight[0].numel()
+    assert dict(run(one, inputs.batches))  # the shells are as they were
+
+
+def test_options_that_make_no_sense() -> None:
+    for options in (
+        {"moments": "diagonal"},
+        {"sparse": 10},
+    ):
+        with pytest.raises(UsageError):
+            given = {"calibrate": "ids.json", "calibrate_on": "merged", **options}
+            loratool.extract("base", "tuned", **given)  # type: ignore[arg-type]
+
+
+def test_a_ridge_must_be_positive(ids: Path, llama: Pair) -> None:
+    with pytest.raises(UsageError, match="greater than 0"):
+        loratool.extract(
+            llama.base, llama.tuned, calibrate=str(ids), factorizer="activation:ridge=0"
+        )
+
+
+def test_the_real_pair_is_nearer_than_with_the_svd(tmp_path: Path) -> None:
+    """Where the fit to the fine-tune's inputs alone is not (docs/adr/0022)."""
+    fetch()
+    texts = reactions(64 + 64, seed=1)
+    rows, masks = encode(texts, RXNFP_TUNED / "vocab.txt")
+    cut = [row[: sum(mask)] for row, mask in zip(rows, masks, strict=True)]
+    (tmp_path / "ids.json").write_text(json.dumps(cut[:64]))
+    batches = [{"input_ids": torch.tensor([row])} for row in cut[64:]]
+    answers = []
+    for options in ({}, {"calibrate": str(tmp_path / "ids.json")}, None):
+        if options is None:
+            model = open_checkpoint(RXNFP_TUNED)
+        else:
+            folder = tmp_path / f"adapter{len(options)}"
+            loratool.extract(RXNFP_BASE, RXNFP_TUNED, rank=4, **options).save(folder)
+            model = loratool.merge(RXNFP_BASE, [(folder, 1.0)])
+        found = dict(run(open_model(model), batches))
+        answers.append(torch.cat([found[number]["logits"] for number in range(len(batches))]))
+    plain, fitted = (float((a - answers[2]).norm() / answers[2].norm()) for a in answers[:2])
+    assert fitted < 0.95 * plain
