@@ -13,7 +13,7 @@ import transformers
 import loratool
 from fixtures.reactions import encode, reactions
 from fixtures.weights import RXNFP_BASE, RXNFP_TUNED, fetch
-from loratool.errors import UsageError
+from loratool.errors import InputError, UsageError
 from loratool.opening import open_checkpoint
 from loratool.running import open_model, run
 from tests.memory_models import TINY, change
@@ -101,7 +101,8 @@ def test_the_same_as_dense_regression_layer_by_layer(
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4, name
         told = report.data["tensors"][f"{name}.weight"]
         after = tuned.get_submodule(name).weight.detach().double()
-        d, rest = after - base.get_submodule(name).weight.double(), after - found.double()
+        before = base.get_submodule(name).weight.detach().double()
+        d, rest = after - before, after - found.double()
         energy = 1 - float(rest.square().sum() / d.square().sum())
         assert told["energy"] == pytest.approx(energy, abs=1e-4)
     assert any("the one that the factors make" in line for line in report.lines)
@@ -236,6 +237,20 @@ def test_options_that_make_no_sense() -> None:
             loratool.extract("base", "tuned", **given)  # type: ignore[arg-type]
 
 
+def test_what_is_not_finite_is_told(tmp_path: Path, ids: Path) -> None:
+    """In a bias, which is kept whole: the layers after it are given NaN by both models."""
+
+    def spoil(model: Any) -> None:
+        with torch.no_grad():
+            model.transformer.h[0].ln_1.bias[0] = float("nan")
+
+    pair = make_pair(RECIPES["gpt2"], tmp_path, prepare=spoil)
+    lazy = loratool.extract(pair.base, pair.tuned, rank=2, calibrate=str(ids))
+    with pytest.raises(InputError, match=r"NaN or Inf"):
+        lazy.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_ridge_must_be_positive(ids: Path, llama: Pair) -> None:
     with pytest.raises(UsageError, match="greater than 0"):
         loratool.extract(
@@ -246,11 +261,11 @@ def test_a_ridge_must_be_positive(ids: Path, llama: Pair) -> None:
 def test_the_real_pair_is_nearer_than_with_the_svd(tmp_path: Path) -> None:
     """Where the fit to the fine-tune's inputs alone is not (docs/adr/0022)."""
     fetch()
-    texts = reactions(64 + 64, seed=1)
-    rows, masks = encode(texts, RXNFP_TUNED / "vocab.txt")
-    cut = [row[: sum(mask)] for row, mask in zip(rows, masks, strict=True)]
-    (tmp_path / "ids.json").write_text(json.dumps(cut[:64]))
-    batches = [{"input_ids": torch.tensor([row])} for row in cut[64:]]
+    rows, masks = encode(reactions(64 + 48, seed=1), RXNFP_TUNED / "vocab.txt")
+    cut = [row[: sum(mask)] for row, mask in zip(rows[:64], masks, strict=False)]
+    (tmp_path / "ids.json").write_text(json.dumps(cut))
+    held_out = torch.tensor(rows[64:]), torch.tensor(masks[64:])
+    batches = [dict(zip(("input_ids", "attention_mask"), held_out, strict=True))]
     answers = []
     for options in ({}, {"calibrate": str(tmp_path / "ids.json")}, None):
         if options is None:
@@ -259,7 +274,7 @@ def test_the_real_pair_is_nearer_than_with_the_svd(tmp_path: Path) -> None:
             folder = tmp_path / f"adapter{len(options)}"
             loratool.extract(RXNFP_BASE, RXNFP_TUNED, rank=4, **options).save(folder)
             model = loratool.merge(RXNFP_BASE, [(folder, 1.0)])
-        found = dict(run(open_model(model), batches))
-        answers.append(torch.cat([found[number]["logits"] for number in range(len(batches))]))
+        ((_, found),) = run(open_model(model), batches)
+        answers.append(found["logits"])
     plain, fitted = (float((a - answers[2]).norm() / answers[2].norm()) for a in answers[:2])
     assert fitted < 0.95 * plain

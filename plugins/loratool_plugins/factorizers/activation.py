@@ -109,10 +109,13 @@ class Activation:
         context: Context,
         moment: SecondMoment,
     ) -> Factorization:
-        """Fit to what the fine-tune gives for its own inputs; the certificate is of `delta`."""
+        """Fit to what the fine-tune gives for its own inputs.
+
+        The certificate's energy is of `delta`, though that is not what is fitted: where earlier
+        layers' losses are made good it may be below 0.
+        """
         wanted, metric = _target(delta, context, moment, self.ridge)
-        found = self._fitted(wanted, policy, generator, context, metric)
-        # The wanted matrix may have been scaled in place, and is not what energies are of.
+        found = self._fitted(wanted.clone(), policy, generator, context, metric)
         total, missed = _distance(delta, None), _distance(delta, found)
         plain = Krylov().factorize(delta.clone(), RankPolicy(found.certificate.rank), generator)
         certificate = replace(
@@ -123,7 +126,6 @@ class Activation:
             method=f"{found.certificate.method}-merged",
         )
         if (weighted := certificate.weighted) is not None:
-            wanted, _ = _target(delta, context, moment, self.ridge)
             wanted.sub_(plain.b @ plain.a)
             rest = wanted.t() if context.transposed else wanted
             left = sum(
