@@ -126,6 +126,11 @@ class Calibration:
         tokens = "" if inputs.tokens is None else f", {inputs.tokens} tokens"
         model = _MODELS[self._plan.side]
         found = [f"calibrated on {inputs.count} {inputs.kind}{tokens} run through {model}"]
+        if self._plan.side == "merged":
+            found.append(
+                "each layer makes good what the earlier ones have lost, so the share of "
+                "||delta||^2, which may be below 0, tells little here"
+            )
         if self._apart:
             found.append(
                 "called at several places, or not alike by the two models, so fitted to the inputs "

@@ -13,11 +13,15 @@ import transformers
 import loratool
 from fixtures.reactions import encode, reactions
 from fixtures.weights import RXNFP_BASE, RXNFP_TUNED, fetch
+from loratool.calibration import Inputs, read_inputs
 from loratool.errors import InputError, UsageError
+from loratool.linalg import SecondMoment
+from loratool.lockstep import build_along
+from loratool.moments import can_be_watched, collect
 from loratool.opening import open_checkpoint
 from loratool.running import open_model, run
 from tests.memory_models import TINY, change
-from tests.models import RECIPES, Pair, build, load, make_pair, perturb
+from tests.models import RECIPES, Pair, build, load, make_pair, perturb, tiny_config
 
 ROWS = [[5, 9, 2, 7, 11], [4, 8], [3, 30, 31, 40, 41, 42, 43], [6, 50], list(range(3, 20))]
 Model = Any
@@ -200,10 +204,56 @@ def test_the_model_that_is_built_is_the_merged_one(
     assert compared > 30
 
 
-def test_convolutions_and_experts(tmp_path: Path, ids: Path) -> None:
-    from loratool.calibration import Inputs
-    from loratool.lockstep import build_along
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("bert", "BertForMaskedLM"),
+        ("bert", "BertForSequenceClassification"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("opt", "OPTForCausalLM"),
+        ("gemma2", "Gemma2ForCausalLM"),
+        ("t5", "T5ForConditionalGeneration"),
+    ],
+)
+def test_equal_models_meet_at_every_module(
+    tmp_path: Path, ids: Path, model_type: str, architecture: str
+) -> None:
+    reference = build(architecture, tiny_config(model_type, pad_token_id=0))
+    reference.save_pretrained(tmp_path / "model")
+    one, two = (open_model(open_checkpoint(tmp_path / "model")) for _ in range(2))
+    inputs = read_inputs(ids, one)
+    modules = one.shell.model.named_modules()
+    wanted = {name for name, module in modules if can_be_watched(module)}
+    moments: dict[str, SecondMoment] = {}
+    collect(one, inputs, wanted, moments.__setitem__)
+    found: dict[str, SecondMoment] = {}
+    course = build_along(one, two, inputs, wanted, found.__setitem__)
+    assert course.fitted == found.keys() == moments.keys()
+    assert not course.alone and not course.again
+    for name, moment in found.items():
+        assert moment.drift is not None and not bool(moment.drift.any()), name
+        assert moment.count == moments[name].count
+        torch.testing.assert_close(moment.values, moments[name].values, rtol=1e-4, atol=1e-5)
+    assert len({id(moment) for moment in found.values()}) < len(found) or model_type == "gpt2"
 
+
+def test_modules_that_only_one_model_calls(tmp_path: Path, ids: Path) -> None:
+    """As where the two send a token to different experts."""
+    models = []
+    for layers in (1, 2):
+        config = tiny_config("bert", pad_token_id=0, num_hidden_layers=layers)
+        build("BertModel", config).save_pretrained(tmp_path / str(layers))
+        models.append(open_model(open_checkpoint(tmp_path / str(layers))))
+    inputs, found = read_inputs(ids, models[0]), dict[str, SecondMoment]()
+    modules = models[1].shell.model.named_modules()
+    wanted = {name for name, module in modules if can_be_watched(module)}
+    course = build_along(models[0], models[1], inputs, wanted, found.__setitem__)
+    assert course.fitted == wanted and not course.again
+    assert course.alone == {name for name in wanted if ".layer.1." in name}
+    assert {name for name, moment in found.items() if moment.drift is None} == course.alone
+
+
+def test_convolutions_and_experts(tmp_path: Path, ids: Path) -> None:
     mixtral = TINY["mixtral"].build()
     mixtral.save_pretrained(tmp_path / "base")
     change(mixtral)
