@@ -10,7 +10,8 @@ repository's documentation. Inputs to calibrate on and to judge by are disjoint.
 "outputs" is ||merged - tuned||_F / ||tuned||_F of the logits, or of the last hidden states without
 padding, on held-out inputs; "layers" is what the factors miss of ||delta x||^2 of all layers for
 the calibration inputs, which is what the fit makes small; each fit's in its own metric, plain SVD's
-in that of "full".
+in that of "full". "merged" fits every layer to the fine-tune's outputs from what the model that is
+built gives it: its "energy", that of the weights' difference, may be below 0.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from loratool.running import open_model, run
 
 METHODS = {
     "plain SVD": {},
-    "diagonal": {"moments": "diagonal"},
-    "full": {"moments": "full"},
+    "diagonal": {"moments": "diagonal", "calibrate_on": "finetuned"},
+    "full": {"moments": "full", "calibrate_on": "finetuned"},
     "full, on the base": {"moments": "full", "calibrate_on": "base"},
+    "merged": {"calibrate_on": "merged"},
 }
 _HELD_OUT = 300
 
@@ -146,7 +148,7 @@ def table(job: Job, ranks: Sequence[int], samples: int, folder: Path) -> Table:
             seconds = time.process_time() - started
             totals = report.data["totals"]
             weighted = totals.get("weighted")
-            if weighted and settings.get("calibrate_on") is None and name == "full":
+            if weighted and name == "full":
                 missed = f"{1 - weighted['energy_of_svd']:.3f}"
             merged = loratool.merge(base, [(folder / "adapter", 1.0)])
             values = outputs(merged, inputs)

@@ -135,7 +135,7 @@ def extract(
     base_name: str = "",
     format: str = "peft",
     calibrate: str = "",
-    calibrate_on: str = "finetuned",
+    calibrate_on: str | None = None,
     moments: str = "full",
     calibration_samples: int = 128,
     calibration_length: int | None = None,
@@ -179,7 +179,9 @@ def extract(
         format: the adapter format to write.
         calibrate: a file of texts, token ids or images, or a folder of images: the error of the
             layers' outputs for these is made small, not that of the weights.
-        calibrate_on: "finetuned" or "base": which model they are run through.
+        calibrate_on: which model they are run through: "finetuned", "base", or "merged", the
+            fine-tune beside the model that the factors make; None for "merged", or "finetuned"
+            with diagonal moments or `sparse`.
         moments: "full" second moments of each layer's inputs, or their "diagonal".
         calibration_samples: how many of them are used at most.
         calibration_length: how many tokens of each; None for 512, or what the model takes.

@@ -6,24 +6,31 @@ are kept until they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+from loratool.built import built_model
 from loratool.calibration import Limits, read_inputs
 from loratool.checkpoint import Checkpoint
 from loratool.delta import DeltaReader
 from loratool.digests import file_digest
 from loratool.linalg import SecondMoment
+from loratool.lockstep import build_along
 from loratool.moments import can_be_watched, collect
-from loratool.pairing import Change
+from loratool.pairing import Change, Pair
 from loratool.reports import listed
 from loratool.running import Model, open_model
-from loratool.updates import LowRank
+from loratool.updates import Experts, LowRank
 
-Side = Literal["base", "finetuned"]
+Side = Literal["base", "finetuned", "merged"]
+_MODELS = {
+    "base": "the base",
+    "finetuned": "the fine-tuned model",
+    "merged": "the fine-tuned model and, layer by layer, the one that the factors make",
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,12 @@ class Plan:
 
     Attributes:
         path: the file of inputs, or a folder of images.
-        side: which of the two models is run.
-        diagonal: whether only the diagonals of the second moments are used.
+        side: which of the two models is run; "merged" for the fine-tune beside the model that the
+            factors make, each layer's making good what the earlier ones have lost.
+        diagonal: whether only the diagonals of the second moments are used; not with "merged".
         limits: how much of the file is used.
         tokenizer: a directory with a tokenizer, or None for the models' own.
+        lora_only: whether the adapter has nothing but low-rank updates.
     """
 
     path: Path
@@ -43,6 +52,7 @@ class Plan:
     diagonal: bool = False
     limits: Limits = field(default_factory=Limits)
     tokenizer: Path | None = None
+    lora_only: bool = False
 
 
 class Calibration:
@@ -57,6 +67,7 @@ class Calibration:
         plan: Plan,
         base: Checkpoint,
         finetuned: Checkpoint,
+        pair: Pair,
         changes: Sequence[tuple[Change, str]],
         architecture: str = "",
     ) -> None:
@@ -66,6 +77,7 @@ class Calibration:
             plan: what to calibrate on.
             base: the base, as on disk.
             finetuned: the fine-tune, as on disk.
+            pair: the two laid beside each other.
             changes: what is factorized, and the safetensors dtype of its factors.
             architecture: the fine-tune's model class or type, where its config does not say.
 
@@ -74,8 +86,10 @@ class Calibration:
         """
         self._plan = plan
         chosen, other = (base, finetuned) if plan.side == "base" else (finetuned, base)
-        given = architecture if plan.side == "finetuned" else ""
+        given = "" if plan.side == "base" else architecture
         self._model = open_model(chosen, architecture=given)
+        self._pair = pair
+        self._shell = open_model(chosen, architecture=given) if plan.side == "merged" else None
         self._inputs = read_inputs(
             plan.path, self._model, plan.limits, (chosen, other), plan.tokenizer
         )
@@ -85,6 +99,7 @@ class Calibration:
         self._changes = {change.name: (change, dtype) for change, dtype in changes}
         self._found: dict[str, LowRank | None] = {}
         self._missed: tuple[str, ...] = ()
+        self._apart: tuple[str, ...] = ()
         self._done = False
         self._lock = Lock()
         self.notes = (*self._inputs.notes, *self._plain_notes())
@@ -109,8 +124,18 @@ class Calibration:
         """What the report says of it, after the pass."""
         inputs = self._inputs
         tokens = "" if inputs.tokens is None else f", {inputs.tokens} tokens"
-        model = "base" if self._plan.side == "base" else "fine-tuned model"
-        found = [f"calibrated on {inputs.count} {inputs.kind}{tokens} run through the {model}"]
+        model = _MODELS[self._plan.side]
+        found = [f"calibrated on {inputs.count} {inputs.kind}{tokens} run through {model}"]
+        if self._plan.side == "merged":
+            found.append(
+                "each layer makes good what the earlier ones have lost, so the share of "
+                "||delta||^2, which may be below 0, tells little here"
+            )
+        if self._apart:
+            found.append(
+                "called at several places, or not alike by the two models, so fitted to the inputs "
+                f"of one of them: {listed(self._apart, 4)}"
+            )
         if self._missed:
             found.append(
                 f"never called for these inputs, so factorized plainly: {listed(self._missed, 4)}"
@@ -129,19 +154,69 @@ class Calibration:
             "model": self._plan.side,
             "moments": "diagonal" if self._plan.diagonal else "full",
             "plain": sorted({*self._plain, *self._missed}),
+            **({"apart": sorted(self._apart)} if self._plan.side == "merged" else {}),
         }
 
     def _run(self, reader: DeltaReader) -> None:
+        missed = (
+            self._fit(reader, self._modules)
+            if self._shell is None
+            else self._build(reader, self._shell)
+        )
+        self._missed = self._targets(missed)
+
+    def _targets(self, modules: Collection[str]) -> tuple[str, ...]:
+        """The targets that are the weights of modules."""
+        owners = self._modules.items()
+        return tuple(name for module, names in owners if module in modules for name in names)
+
+    def _fit(self, reader: DeltaReader, modules: Collection[str]) -> frozenset[str]:
+        """Fit what modules have to their inputs in one model; the modules that were not called."""
+
         def done(module: str, moment: SecondMoment) -> None:
             for name in self._modules[module]:
                 self._found[name] = self._factorize(reader, name, moment)
 
-        missed = collect(
-            self._model, self._inputs, self._modules, done, diagonal=self._plan.diagonal
-        )
-        self._missed = tuple(
-            name for module, names in self._modules.items() if module in missed for name in names
-        )
+        diagonal = self._plan.diagonal
+        return collect(self._model, self._inputs, modules, done, diagonal=diagonal)
+
+    def _build(self, reader: DeltaReader, shell: Model) -> frozenset[str]:
+        """Fit every module to its inputs in the model that the updates make; those not called.
+
+        Modules that are called again after their weights are made (ALBERT's layers) cannot be
+        fitted to all that they will be given. They are fitted to the fine-tune's inputs, and the
+        others once more, beside them.
+        """
+
+        def update_of(change: Change) -> LowRank | Experts | None:
+            name, before = change.name, change.before
+            _, dtype = self._changes[name]
+            if change.kind == "experts":
+                assert before is not None  # of what is factored
+                return reader.factorize_experts(before, change.after, change.transposed, dtype)
+            if name not in self._found:
+                self._found[name] = self._factorize(reader, name)
+                early.add(name)
+            return self._found[name]
+
+        def fit(module: str, moment: SecondMoment) -> None:
+            for name in self._modules[module]:
+                if name not in early:
+                    self._found[name] = self._factorize(reader, name, moment)
+
+        early: set[str] = set()
+        heads = not self._plan.lora_only
+        built = built_model(self._pair, self._model, shell, update_of, heads)
+        wanted = set(self._modules)
+        course = build_along(self._model, built, self._inputs, wanted, fit)
+        if again := frozenset(course.again):
+            self._found.clear()
+            early.clear()
+            self._fit(reader, again)
+            course = build_along(self._model, built, self._inputs, wanted - again, fit)
+        self._apart = self._targets(again | course.alone | course.again)
+        unseen = {module for module in wanted - again if early.intersection(self._modules[module])}
+        return frozenset(wanted - again - course.fitted) | unseen
 
     def _factorize(
         self, reader: DeltaReader, name: str, moment: SecondMoment | None = None

@@ -110,10 +110,13 @@ class SecondMoment:
     Attributes:
         values: (in, in), fp64, symmetric and positive semidefinite; or (in,), its diagonal.
         count: how many vectors it is the mean of.
+        drift: (in, in), fp64: E[(y - x) x^T], y being what the fine-tune's matrix is given where
+            the model that is built gives x; None where x is all that counts.
     """
 
     values: torch.Tensor
     count: int
+    drift: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

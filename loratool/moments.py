@@ -73,12 +73,26 @@ def can_be_watched(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _run(model: Model, inputs: Inputs, watch: Watch, device: torch.device | None) -> None:
-    batches = [dict(batch) for batch in inputs.batches]
+def arguments(model: Model, inputs: Inputs) -> list[dict[str, Any]]:
+    """What a model's forward is called with for the sake of its layers, not of its outputs."""
+    batches: list[dict[str, Any]] = [dict(batch) for batch in inputs.batches]
     if "logits_to_keep" in inspect.signature(type(model.shell.model).forward).parameters:
         for batch in batches:  # the vocabulary's logits of every token are of no use here
-            batch["logits_to_keep"] = 1  # type: ignore[assignment]
-    for _ in run(model, batches, watch, device=device):
+            batch["logits_to_keep"] = 1
+    return batches
+
+
+def vectors(
+    inputs: Inputs, batch: int, module: torch.nn.Module, tensor: torch.Tensor
+) -> torch.Tensor:
+    """What a module is given, without padding: (vectors, in), or (places, in * kernel)."""
+    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d):
+        return torch.cat(list(_patches(module, tensor)))
+    return inputs.unpadded(batch, tensor)
+
+
+def _run(model: Model, inputs: Inputs, watch: Watch, device: torch.device | None) -> None:
+    for _ in run(model, arguments(model, inputs), watch, device=device):
         pass
 
 
@@ -107,17 +121,17 @@ class _Group:
         known = self.given.get(batch, ())
         return any(ref() is tensor and version == tensor._version for ref, version in known)
 
-    def add(self, batch: int, tensor: torch.Tensor, vectors: torch.Tensor) -> None:
+    def add(self, batch: int, tensor: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the vectors (m, n) that were made of a tensor."""
         self.given.setdefault(batch, []).append((weakref.ref(tensor), tensor._version))
-        self.count += len(vectors)
-        for part in torch.split(vectors.float(), _VECTORS):
+        self.count += len(rows)
+        for part in torch.split(rows.float(), _VECTORS):
             if self.total.dim() == 1:
                 self.total += part.double().square().sum(0)
                 continue
             for start in range(0, part.shape[1], _TILE):
-                rows = slice(start, start + _TILE)
-                self.total[rows, start:] += part[:, rows].t() @ part[:, start:]
+                tile = slice(start, start + _TILE)
+                self.total[tile, start:] += part[:, tile].t() @ part[:, start:]
 
     def result(self, label: str) -> SecondMoment:
         """The moment; InputError if it is not finite."""
@@ -183,7 +197,7 @@ class _Collector(Watch):
             group = self._group_for(batch, module, found, tensor)
         group.calls[module] = group.calls.get(module, 0) + 1
         if group.owner == module:
-            group.add(batch, tensor, self._vectors(batch, found, tensor))
+            group.add(batch, tensor, vectors(self._inputs, batch, found, tensor))
         elif not group.holds(batch, tensor):
             self.again.add(module)
 
@@ -221,11 +235,6 @@ class _Collector(Watch):
         if is_plain:
             self._latest = group
         return group
-
-    def _vectors(self, batch: int, module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d):
-            return torch.cat(list(_patches(module, tensor)))
-        return self._inputs.unpadded(batch, tensor)
 
 
 def _width(module: torch.nn.Module, tensor: torch.Tensor) -> int:

@@ -90,8 +90,17 @@ class Watch:
     All methods are called by one thread at a time.
     """
 
+    def reached(self, batch: int, module: str, inputs: tuple[Any, ...]) -> None:
+        """A module with parameters of its own is entered; its weights may not be loaded yet.
+
+        Args:
+            batch: the batch's number.
+            module: the module's name in memory.
+            inputs: as in `called`.
+        """
+
     def called(self, batch: int, module: str, inputs: tuple[Any, ...]) -> None:
-        """A module with parameters of its own is entered.
+        """A module with parameters of its own is entered, and its weights are loaded.
 
         Args:
             batch: the batch's number.
@@ -211,7 +220,36 @@ def run(
     arguments = [{**batch, **extra} for batch in batches]
     one_pass = _Pass(model, arguments, watch or Watch(), device, progress or (lambda *_: None))
     try:
-        yield from one_pass.run()
+        for found in one_pass.run():
+            if not isinstance(found, str):
+                yield found
+    finally:
+        one_pass.close()
+
+
+def stops(
+    model: Model, batches: Sequence[Batch], watch: Watch, *, device: torch.device | None = None
+) -> Iterator[str]:
+    """As `run`, for those who want to be asked before weights are loaded instead of outputs.
+
+    Args:
+        model: as `open_model` gives it.
+        batches: the arguments of each forward call, by name.
+        watch: is told of every module as it is reached, called and passed.
+        device: where to compute; None for the CPU.
+
+    Yields:
+        The name of each module in memory whose weights are loaded next, once every batch waits for
+        it or for a later one. A batch that waits has told the watch what it has reached.
+
+    Raises:
+        InputError: the model cannot be run on a batch.
+    """
+    one_pass = _Pass(model, batches, watch, device, lambda *_: None)
+    try:
+        for found in one_pass.run():
+            if isinstance(found, str):
+                yield found
     finally:
         one_pass.close()
 
@@ -382,8 +420,8 @@ class _Pass:
             for number, batch in enumerate(batches)
         ]
 
-    def run(self) -> Iterator[tuple[int, Outputs]]:
-        """Yield the outputs of each batch when it is finished."""
+    def run(self) -> Iterator[tuple[int, Outputs] | str]:
+        """Yield a batch's outputs when it is finished, and a module's name before it is loaded."""
         self._prepare()
         for lane in self._lanes:
             lane.start()
@@ -400,7 +438,9 @@ class _Pass:
             self._drop()
             wanted = [lane.wanted for lane in waiting if lane.wanted is not None]
             if wanted:
-                self._load(min(wanted, key=lambda owner: owner.order))
+                first = min(wanted, key=lambda owner: owner.order)
+                yield first.name
+                self._load(first)
 
     def close(self) -> None:
         """End what still runs, and make the shell what it was."""
@@ -451,8 +491,10 @@ class _Pass:
         lane.frames.append([])
         owner = self._by_module.get(module)
         if owner is not None:
+            inputs = (*args, *kwargs.values())
+            self._watch.reached(lane.number, owner.name, inputs)
             lane.need(owner)
-            self._watch.called(lane.number, owner.name, (*args, *kwargs.values()))
+            self._watch.called(lane.number, owner.name, inputs)
 
     def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         lane = threading.current_thread()

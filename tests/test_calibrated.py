@@ -68,7 +68,9 @@ def test_every_layers_outputs_are_nearer_than_with_the_svd(
     pair = make_pair(RECIPES[recipe], tmp_path)
     plain = loratool.extract(pair.base, pair.tuned, rank=4).save(tmp_path / "plain")
     assert "weighted" not in plain.data["totals"]
-    lazy = loratool.extract(pair.base, pair.tuned, rank=4, calibrate=str(ids))
+    lazy = loratool.extract(
+        pair.base, pair.tuned, rank=4, calibrate=str(ids), calibrate_on="finetuned"
+    )
     report = lazy.save(tmp_path / "full")
     before = output_errors(pair, tmp_path / "plain", ids)
     after = output_errors(pair, tmp_path / "full", ids)
@@ -89,7 +91,7 @@ def test_the_diagonal_and_the_base(tmp_path: Path, ids: Path, llama: Pair) -> No
     weighted = {}
     for name, options in {
         "diagonal": {"moments": "diagonal"},
-        "full": {},
+        "full": {"calibrate_on": "finetuned"},
         "base": {"calibrate_on": "base"},
     }.items():
         lazy = loratool.extract(llama.base, llama.tuned, rank=4, calibrate=str(ids), **options)

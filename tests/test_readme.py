@@ -67,7 +67,7 @@ def test_the_commands_print_what_the_readme_shows(folder: Path) -> None:
         found = run(["bash", "-ec", settings + command], folder)
         assert matches(found, expected), found
         shown += 1
-    assert shown == 13
+    assert shown == 14
 
 
 def test_the_python_example_runs(folder: Path) -> None:

@@ -113,9 +113,12 @@ class Extract:
         "", "fit the factors to the inputs in this file: texts, token ids or images "
         "(--factorizer activation, --refine)", metavar="FILE",
     )  # fmt: skip
-    calibrate_on: str = option(
-        "finetuned", "which model the inputs are run through", choices=("finetuned", "base")
-    )
+    calibrate_on: str | None = option(
+        None, "which model the inputs are run through; merged: the fine-tune beside the one that "
+        "the factors make, so that each layer makes good what the earlier ones have lost (default: "
+        "merged, or finetuned with --moments diagonal or --sparse)",
+        choices=("merged", "finetuned", "base"),
+    )  # fmt: skip
     moments: str = option(
         "full", "the whole second moment of each layer's inputs, or its diagonal",
         choices=("full", "diagonal"),
@@ -307,6 +310,16 @@ class Extract:
             )
         if self.calibrate and name != "activation" and self.refine is None:
             raise UsageError(f"--calibrate: the factorizer {name} uses no inputs; leave one out")
+        if self.calibrate_on == "merged" and self.moments == "diagonal":
+            raise UsageError(
+                "--calibrate-on merged needs whole second moments: leave --moments diagonal out, "
+                "or take --calibrate-on finetuned"
+            )
+        if self.calibrate_on == "merged" and self.sparse is not None:
+            raise UsageError(
+                "--calibrate-on merged fits factors that do not come near the difference of the "
+                "weights, whose entries --sparse keeps: leave one out"
+            )
         by_weights = ("noise_floor", "budget", "ranks")
         if self.calibrate and (given := [n for n in by_weights if getattr(self, n)]):
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -334,18 +347,21 @@ class Extract:
     ) -> Calibration | None:
         if self._factorizer.partition(":")[0] != "activation":
             return None
-        from loratool.calibrated import Calibration, Plan
+        from loratool.calibrated import Calibration, Plan, Side
         from loratool.calibration import Limits
 
+        in_one = self.moments == "diagonal" or self.sparse is not None
+        sides: dict[str, Side] = {"base": "base", "finetuned": "finetuned", "merged": "merged"}
         plan = Plan(
             Path(self.calibrate),
-            "base" if self.calibrate_on == "base" else "finetuned",
+            sides[self.calibrate_on or ("finetuned" if in_one else "merged")],
             self.moments == "diagonal",
             Limits(self.calibration_samples, self.calibration_length),
             Path(self.tokenizer) if self.tokenizer else None,
+            self.lora_only,
         )
         changes = [(c, factor_dtype(c, dtype)) for c in pair.changes() if c.factored]
-        return Calibration(plan, base, finetuned, changes, self.architecture)
+        return Calibration(plan, base, finetuned, pair, changes, self.architecture)
 
     def _training(self) -> Training | None:
         """What --refine and its companions mean together."""

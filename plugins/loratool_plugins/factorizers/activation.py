@@ -9,13 +9,22 @@ fewer tokens than inputs) is no special case.
 Related: SVD-LLM (arXiv 2403.07378) and QERA (arXiv 2410.06040) reach the same minimum with a
 Cholesky factor or the square root of C and its inverse; QERA's approximation for a diagonal C is
 the scaling of columns that is used here for one.
+
+Where earlier layers of the model that is built are not the fine-tune's any more, a layer is given x
+instead of the fine-tune's y, and B A should give T = W y - W0 x for x (W = W0 + D). That is
+reduced-rank regression (Izenman 1975) with the ridge lambda ||B A - D||_F^2 that keeps few samples
+from saying more than they know: its solution without the bound on the rank is
+M = D + W E[(y - x) x^T] R^-1 with R = C + lambda I, and with it the best approximation of M in the
+metric of R, as above. AA-SVD (arXiv 2604.02119) compresses weights towards such targets.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from loratool.errors import InputError, UsageError
 from loratool.linalg import Factorization, RankPolicy, SecondMoment, Weighted, tiles
 from loratool_plugins.factorizers import _spectral as spectral
 from loratool_plugins.factorizers.krylov import Krylov, expected_gain, residual_bound
@@ -41,6 +50,18 @@ class Activation:
     result is the truncated SVD of the krylov factorizer. With a rank policy by energy or ratio,
     energies are those of D C^(1/2).
     """
+
+    ridge: float = field(
+        default=1.0,
+        metadata={
+            "help": "with --calibrate-on merged: weight of the distance from the difference of the "
+            "weights, as a share of the inputs' mean square"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < math.inf:
+            raise UsageError(f"activation: ridge must be greater than 0, not {self.ridge:g}")
 
     def factorize(
         self, delta: torch.Tensor, policy: RankPolicy, generator: torch.Generator
@@ -73,14 +94,64 @@ class Activation:
         Raises:
             InputError: as `factorize`.
         """
-        if context.moment is None:
+        moment = context.moment
+        if moment is None:
             return self.factorize(delta, policy, generator)
+        if moment.drift is None or not bool(moment.values.any()) or not bool(delta.any()):
+            return self._fitted(delta, policy, generator, context, moment)
+        return self._regressed(delta, policy, generator, context, moment)
+
+    def _regressed(
+        self,
+        delta: torch.Tensor,
+        policy: RankPolicy,
+        generator: torch.Generator,
+        context: Context,
+        moment: SecondMoment,
+    ) -> Factorization:
+        """Fit to what the fine-tune gives for its own inputs.
+
+        The certificate's energy is of `delta`, though that is not what is fitted: where earlier
+        layers' losses are made good it may be below 0.
+        """
+        wanted, metric = _target(delta, context, moment, self.ridge)
+        found = self._fitted(wanted.clone(), policy, generator, context, metric)
+        total, missed = _distance(delta, None), _distance(delta, found)
+        plain = Krylov().factorize(delta.clone(), RankPolicy(found.certificate.rank), generator)
+        certificate = replace(
+            found.certificate,
+            total=total,
+            captured=total - missed,
+            optimum_bound=plain.certificate.optimum_bound,
+            method=f"{found.certificate.method}-merged",
+        )
+        if (weighted := certificate.weighted) is not None:
+            wanted.sub_(plain.b @ plain.a)
+            rest = wanted.t() if context.transposed else wanted
+            left = sum(
+                float((_times(rest[rows].double(), metric.values) * rest[rows].double()).sum())
+                for rows in tiles(rest, 1 << 20)
+            )
+            certificate = replace(
+                certificate, weighted=replace(weighted, plain=weighted.total - left)
+            )
+        return replace(found, certificate=certificate)
+
+    def _fitted(
+        self,
+        delta: torch.Tensor,
+        policy: RankPolicy,
+        generator: torch.Generator,
+        context: Context,
+        moment: SecondMoment,
+    ) -> Factorization:
+        """The best approximation of a matrix in the metric of a moment."""
         target = spectral.prepare(spectral.measured(delta))
         if target.total == 0:
             return spectral.zero_factorization((delta.shape[0], delta.shape[1]))
         if target.transposed != context.transposed:
             target = target.flipped()
-        metric = _Metric.of(target, context.moment)
+        metric = _Metric.of(target, moment)
         if metric.total <= _NOTHING * metric.scale * target.total:
             found = self.factorize(delta, policy, generator)
             return _with_weighted(found, Weighted(0.0, 0.0, 0.0), found.certificate.optimum_bound)
@@ -105,6 +176,47 @@ class Activation:
             metric.total * unit, metric.captured(left) * unit, metric.captured(other) * unit
         )
         return _with_weighted(found, weighted, plain.certificate.optimum_bound)
+
+
+def _target(
+    delta: torch.Tensor, context: Context, moment: SecondMoment, ridge: float
+) -> tuple[torch.Tensor, SecondMoment]:
+    """M = D + W K as D lies, fp32, and the metric R; K = E[(y - x) x^T] R^-1 is of the inputs.
+
+    Raises:
+        InputError: R is not positive definite in fp64.
+    """
+    import torch
+
+    assert moment.drift is not None
+    metric = moment.values.clone()
+    metric.diagonal().add_(ridge * float(metric.diagonal().mean()))
+    root, failed = torch.linalg.cholesky_ex(metric)
+    if int(failed):
+        raise InputError(
+            "the inputs' second moment cannot be inverted in fp64: give more samples, or a larger "
+            f"ridge than {ridge:g} (--factorizer activation:ridge=...)"
+        )
+    change = torch.cholesky_solve(moment.drift.t(), root)  # K^T, as R is symmetric
+    made = delta.clone()
+    if context.transposed:
+        for columns in tiles(change, 1 << 20):
+            made[columns].add_((change[columns] @ context.after.double()).float())
+    else:
+        for rows in tiles(made, 1 << 20):
+            made[rows].add_((context.after[rows].double() @ change.t()).float())
+    return made, SecondMoment(metric, moment.count)
+
+
+def _distance(delta: torch.Tensor, found: Factorization | None) -> float:
+    """||delta - B A||_F^2, or ||delta||_F^2, in fp64."""
+    total = 0.0
+    for rows in tiles(delta, 1 << 20):
+        rest = delta[rows].double()
+        if found is not None:
+            rest -= found.b[rows].double() @ found.a.double()
+        total += float(rest.square().sum())
+    return total
 
 
 def _with_weighted(found: Factorization, weighted: Weighted, bound: float) -> Factorization:
