@@ -121,6 +121,7 @@ def _advice_facts(advice: Advice, told: Told) -> dict[str, Any]:
     return {
         "looks_like": advice.look,
         "merged_rank": advice.merged_rank,
+        "may_be_merged_lora": advice.is_blind or advice.look == "merged_lora",
         "energy_by_rank": {str(rank): share for rank, share in advice.kept.items()},
         "rank_for": {f"{share:g}": _pair(found) for share, found in advice.rank_for.items()},
         "whole_bytes": advice.whole_size,
@@ -287,6 +288,11 @@ def _advice_lines(
         dense = format_bytes(sum(d.change.after.nbytes for d in spectra))
         least = "" if needed.is_exact else "at least "
         yield f"90% takes {least}{low} as factors; the matrices themselves take {dense}"
+    if advice.is_blind:
+        yield (
+            "perhaps a merged LoRA: the change is too small to tell without trying, which "
+            "`loratool extract --factorizer auto` does"
+        )
     about = "" if advice.entries is None else "about "
     whole = f", of it {format_bytes(advice.whole_size)} kept whole" if advice.whole_size else ""
     yield (

@@ -25,7 +25,7 @@ from loratool.measures import block_energy
 from loratool.noise import Noise, rounding_noise
 from loratool.pairing import Change
 from loratool.spectra import Spectrum, summed
-from loratool.suspicion import gates, merged_rank
+from loratool.suspicion import gates, is_coarse, merged_rank
 from loratool.tiling import difference
 from loratool.updates import matrix_shape
 
@@ -49,6 +49,8 @@ class Difference:
         edge: the largest singular value that rounding errors alone would have; likewise.
         merged_rank: the rank of a merged LoRA, if that and rounding would explain all of the
             difference; None for experts, as what they have in common says nothing of one of them.
+        is_blind: whether rounding to bf16 or fp16 alone would explain it, so that it may be the
+            rest of a merged LoRA; False for experts.
     """
 
     change: Change
@@ -60,6 +62,7 @@ class Difference:
     rounding: float = 0.0
     edge: float = 0.0
     merged_rank: int | None = None
+    is_blind: bool = False
 
     @property
     def name(self) -> str:
@@ -134,7 +137,7 @@ class DifferenceReader:
         counts = _Counts()
         spectra: list[Spectrum] = []
         noises: list[Noise] = []
-        merged = None
+        merged, is_blind = None, False
         generator = named_generator(self._seed, change.name)
         for one, other in _matrix_pairs(change, before, after):
             former = counts.changed
@@ -151,7 +154,7 @@ class DifferenceReader:
             noises.append(rounding_noise(delta, other))
             spectra.append(self._spectrum(delta, generator))
             if change.kind != "experts":
-                merged = _merged_rank(other, spectra[-1], noises[-1].edge)
+                merged, is_blind = _judged(other, spectra[-1], noises[-1].edge)
         if not noises:
             return counts.difference(change)
         return replace(
@@ -160,6 +163,7 @@ class DifferenceReader:
             rounding=math.fsum(noise.energy for noise in noises),
             edge=math.hypot(*(noise.edge for noise in noises)),
             merged_rank=merged,
+            is_blind=is_blind,
         )
 
     def _spectrum(self, delta: torch.Tensor, generator: torch.Generator) -> Spectrum:
@@ -172,9 +176,11 @@ class DifferenceReader:
         return Spectrum(sigma, found.certificate.total if sigma else 0.0, side)
 
 
-def _merged_rank(after: torch.Tensor, spectrum: Spectrum, edge: float) -> int | None:
+def _judged(after: torch.Tensor, spectrum: Spectrum, edge: float) -> tuple[int | None, bool]:
+    """The rank of a merged LoRA, if it looks like one, and whether the change is too small."""
     found = gates(after, spectrum.total, [value * value for value in spectrum.sigma])
-    return merged_rank(found, spectrum.sigma, int(spectrum.above(edge).low))
+    is_blind = is_coarse(after) and any(gate.is_blind for gate in found)
+    return merged_rank(found, spectrum.sigma, int(spectrum.above(edge).low)), is_blind
 
 
 class _Counts:

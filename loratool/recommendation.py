@@ -39,6 +39,7 @@ class Advice:
             estimated from samples.
         size: bytes of the adapter then, with what is kept whole.
         whole_size: bytes of that.
+        is_blind: whether it may be a merged LoRA, too small beside rounding to look like one.
         forms: what the changed matrices take in other forms, but for experts; None of a merged
             LoRA, and where there are no spectra.
         rank_for: share -> smallest rank common to all that keeps it.
@@ -53,6 +54,7 @@ class Advice:
     energy: float = 0.0
     size: int = 0
     whole_size: int = 0
+    is_blind: bool = False
     forms: Forms | None = None
     rank_for: Mapping[float, Range] = field(default_factory=dict)
     kept: Mapping[int, float] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def advise(differences: Sequence[Difference], largest: int) -> Advice:
         energy,
         size,
         whole_size,
+        not merged and any(d.is_blind for d in factored),
         forms,
         rank_for,
         kept,

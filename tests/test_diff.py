@@ -163,11 +163,24 @@ def test_a_merged_lora_is_recognised_with_its_rank(tmp_path: Path, dtype: torch.
     assert data["recommendation"]["command"] == command
 
 
+def test_what_rounding_hides_may_be_a_merged_lora(tmp_path: Path) -> None:
+    base = model()
+    paths = save(tmp_path / "b", base), save(tmp_path / "t", with_lora(base, 8, 5e-4))
+    report = loratool.diff(*paths)
+    assert report.data["looks_like"] == "sparse" and report.data["may_be_merged_lora"]
+    assert any("perhaps a merged LoRA" in line for line in report.lines)
+    extracted = loratool.extract(*paths).save(tmp_path / "out")
+    (line,) = [line for line in extracted.lines if "too small to tell" in line]
+    assert "`--factorizer auto`" in line and "--rank 1 --sparse" in line
+    assert not any("wrong tool" in line for line in extracted.lines)
+
+
 def test_full_fine_tuning_is_no_lora(tmp_path: Path) -> None:
     base = model()
     tuned = {n: (v.float() + 0.002 * random(3, *v.shape)).bfloat16() for n, v in base.items()}
     data = loratool.diff(save(tmp_path / "b", base), save(tmp_path / "t", tuned)).data
     assert data["looks_like"] == "full" and data["merged_rank"] is None
+    assert not data["may_be_merged_lora"]
 
 
 def test_a_sparse_update_is_recognised(tmp_path: Path) -> None:

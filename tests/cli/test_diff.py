@@ -39,6 +39,7 @@ def test_json_is_all_there_is(base: Path, tuned: Path) -> None:
     assert data["kind"] == "difference"
     assert data.keys() == {
         "kind", "base", "finetuned", "max_rank", "counts", "looks_like", "merged_rank",
+        "may_be_merged_lora",
         "energy_by_rank", "rank_for", "whole_bytes", "representation", "recommendation", "total",
         "kinds", "rows", "tensors", "removed", "dtypes",
     }  # fmt: skip
