@@ -22,7 +22,7 @@ from loratool.linalg import (
     tiles,
 )
 from loratool.measures import block_energy
-from loratool.noise import Noise, rounding_noise
+from loratool.noise import rounding_noise
 from loratool.pairing import Change
 from loratool.spectra import Spectrum, summed
 from loratool.suspicion import gates, is_coarse, merged_rank
@@ -136,7 +136,8 @@ class DifferenceReader:
         """Compare two weights, a matrix of each at a time."""
         counts = _Counts()
         spectra: list[Spectrum] = []
-        noises: list[Noise] = []
+        noises: list[float] = []
+        edges: list[float] = []
         merged, is_blind = None, False
         generator = named_generator(self._seed, change.name)
         for one, other in _matrix_pairs(change, before, after):
@@ -151,17 +152,19 @@ class DifferenceReader:
             if counts.changed == former:
                 spectra.append(Spectrum((), 0.0, min(one.shape)))
                 continue
-            noises.append(rounding_noise(delta, other))
+            noise = rounding_noise(delta, other)
+            noises.append(noise.energy)
+            edges.append(noise.edge)
             spectra.append(self._spectrum(delta, generator))
             if change.kind != "experts":
-                merged, is_blind = _judged(other, spectra[-1], noises[-1].edge)
+                merged, is_blind = _judged(other, spectra[-1], edges[-1])
         if not noises:
             return counts.difference(change)
         return replace(
             counts.difference(change),
             spectrum=summed(spectra),
-            rounding=math.fsum(noise.energy for noise in noises),
-            edge=math.hypot(*(noise.edge for noise in noises)),
+            rounding=math.fsum(noises),
+            edge=math.hypot(*edges),
             merged_rank=merged,
             is_blind=is_blind,
         )
