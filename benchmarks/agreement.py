@@ -8,7 +8,8 @@ extracted by both tools at the same rank. PEFT loads what they wrote onto the ba
 reactions whose top class is the fine-tune's is counted: on kinds that it was trained on, and on
 others. mergekit's adapter says that it is for causal language models, which PEFT then builds: that
 is taken out for it, once without anything else, once also with `lora_bias`, without which PEFT
-drops the changed biases that mergekit stored.
+drops the changed biases that mergekit stored. "calibrated" is `loratool extract --calibrate` with
+128 other reactions of the kinds that the fine-tune was trained on.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fixtures.demo import Reactions, share_agreeing, torch_logits, with_interval
+from fixtures.demo import COUNT, Reactions, share_agreeing, torch_logits, with_interval
+from fixtures.reactions import encode, reactions
 from fixtures.weights import RXNFP_BASE, RXNFP_TUNED
 
+CALIBRATION = 128
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 
@@ -57,6 +60,19 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
         shutil.copy(RXNFP_TUNED / "vocab.txt", place)
         places.append(place)
     return places[0], places[1]
+
+
+def write_inputs(path: Path) -> Path:
+    """Token ids of reactions that are not among those that are judged, one a line."""
+    judged = {*reactions(COUNT, seed=0, kinds="known"), *reactions(COUNT, seed=0, kinds="other")}
+    texts = [text for text in reactions(CALIBRATION * 2, seed=7) if text not in judged]
+    ids, mask = encode(texts[:CALIBRATION], RXNFP_BASE / "vocab.txt")
+    lines = [
+        json.dumps({"input_ids": [token for token, real in zip(*row, strict=True) if real]})
+        for row in zip(ids, mask, strict=True)
+    ]
+    path.write_text("\n".join(lines))
+    return path
 
 
 def extract(command: Sequence[str], out: Path) -> None:
@@ -113,6 +129,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     base, tuned = make_pair(args.work)
+    calibration = write_inputs(args.work / "calibration.jsonl")
     inputs = [Reactions.make("known"), Reactions.make("other")]
     expected = logits(tuned, None, inputs)
     print(f"{'':<34}  {'top class agrees':<24}  {'other':>7}  |logit difference|, median")
@@ -120,8 +137,12 @@ def main() -> None:
     loratool = str(Path(sys.executable).with_name("loratool"))
     for rank in args.ranks:
         out = args.work / f"loratool-{rank}"
-        extract([loratool, "extract", str(base), str(tuned), "--rank", str(rank), "-o"], out)
+        plain = [loratool, "extract", str(base), str(tuned), "--rank", str(rank)]
+        extract([*plain, "-o"], out)
         print(row(f"rank {rank}: loratool", logits(base, out, inputs), expected), flush=True)
+        out = args.work / f"calibrated-{rank}"
+        extract([*plain, "--calibrate", str(calibration), "-o"], out)
+        print(row(f"rank {rank}: loratool, calibrated", logits(base, out, inputs), expected))
         if args.mergekit is None:
             continue
         out = args.work / f"mergekit-{rank}"
