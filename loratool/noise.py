@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,7 +42,7 @@ class Noise:
         """Expected ||noise||_F^2."""
         return float(self.rows.sum())
 
-    @property
+    @cached_property
     def edge(self) -> float:
         """What one singular value of the noise in a thousand matrices passes, as a rule.
 
