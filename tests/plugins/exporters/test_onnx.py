@@ -21,8 +21,8 @@ from loratool.reports import Report
 from loratool.shell import build_shell
 from loratool.sources import resolve
 from loratool_plugins.exporters.onnx import DATA_FILE, MODEL_FILE, Onnx, open_session
-from loratool_plugins.exporters.onnx_verify import Tolerance, verify
-from loratool_plugins.exporters.onnx_weights import Written
+from loratool_plugins.exporters.onnx.verify import Tolerance, verify
+from loratool_plugins.exporters.onnx.weights import Written
 
 VOCABULARY = 40
 _SIZES = {

@@ -24,13 +24,11 @@ from loratool.reports import Report
 from loratool.shell import Shell, build_shell, load_class
 from loratool.sources import Sources, resolve
 from loratool.writer import write_file, write_side_files
-from loratool_plugins.exporters import onnx_report as report
-from loratool_plugins.exporters.onnx_graph import compare_nodes, describe_nodes, trace
-from loratool_plugins.exporters.onnx_inputs import input_names
-from loratool_plugins.exporters.onnx_verify import Tolerance, open_session, verify
-from loratool_plugins.exporters.onnx_weights import Written, write_weights
-
-__all__ = ["DATA_FILE", "MODEL_FILE", "Onnx", "open_session"]
+from loratool_plugins.exporters.onnx import report
+from loratool_plugins.exporters.onnx.graph import compare_nodes, describe_nodes, trace
+from loratool_plugins.exporters.onnx.inputs import input_names
+from loratool_plugins.exporters.onnx.verify import Tolerance, verify
+from loratool_plugins.exporters.onnx.weights import Written, write_weights
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

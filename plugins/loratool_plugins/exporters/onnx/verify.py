@@ -16,9 +16,9 @@ from loratool.engine import single_threaded_tasks
 from loratool.errors import VerificationError
 from loratool.quiet import quiet, shorten
 from loratool.shell import load_class
-from loratool_plugins.exporters.onnx_graph import AXES
-from loratool_plugins.exporters.onnx_inputs import Feeds, sample_inputs
-from loratool_plugins.exporters.onnx_weights import Written
+from loratool_plugins.exporters.onnx.graph import AXES
+from loratool_plugins.exporters.onnx.inputs import Feeds, sample_inputs
+from loratool_plugins.exporters.onnx.weights import Written
 
 # (batch, sequence) of the inputs that are compared; neither is the traced one.
 _SHAPES = ((2, 7), (3, 13))

@@ -18,7 +18,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from loratool.errors import InputError, VerificationError
 from loratool.quiet import quiet, shorten
 from loratool.shell import Shell, position_limit
-from loratool_plugins.exporters.onnx_inputs import Feeds, sample_inputs
+from loratool_plugins.exporters.onnx.inputs import Feeds, sample_inputs
 
 AXES = ("batch", "sequence")
 # A size that is not the size of anything else in a model is less likely to be taken for it.

@@ -15,8 +15,8 @@ from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
 from loratool.reports import format_bytes
 from loratool.sources import Sources
-from loratool_plugins.exporters.onnx_verify import Comparison, Tolerance
-from loratool_plugins.exporters.onnx_weights import Written
+from loratool_plugins.exporters.onnx.verify import Comparison, Tolerance
+from loratool_plugins.exporters.onnx.weights import Written
 
 _PACKAGES = ("transformers", "onnx", "onnx-ir", "onnxscript")
 
