@@ -248,7 +248,7 @@ def cache_layers(shell: Shell, module: torch.nn.Module) -> tuple[Layer, ...]:
         raise InputError(
             f"{shell.architecture}: does not run on sample inputs: {shorten(error)}; {WAY_OUT}"
         ) from error
-    cache = found["past_key_values"] if "past_key_values" in found else None
+    cache = found.get("past_key_values")
     if not isinstance(cache, Cache):
         return ()
     halves = (
@@ -327,9 +327,9 @@ def name_graph(program: ir.Model, stage: Stage) -> None:
             symbols.setdefault(str(dimension), meaning)
 
     def rename(dimension: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(dimension, int):
-            return dimension
-        text = str(dimension)
+        if isinstance(dimension, int) or dimension.value is None:
+            return dimension  # an unknown size stays one: the same name means the same size
+        text = dimension.value
         if text not in symbols:
             text = re.sub(r"\w+", lambda word: symbols.get(word[0], word[0]), text)
         return ir.SymbolicDim(symbols.get(text, text))
@@ -383,7 +383,7 @@ def _shapes(
     inputs: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]], config: Any
 ) -> dict[str, Any]:
     """The axes as torch.export takes them: for each argument, a cache's tensors in their order."""
-    # torch.export cannot prove what grouped queries need of a named axis that others are related to.
+    # A named axis must satisfy guards that torch.export cannot prove where queries are grouped.
     free = torch.export.Dim.DYNAMIC
     symbols: dict[str, Any] = {
         "past": free,
