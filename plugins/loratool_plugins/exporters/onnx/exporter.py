@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,13 @@ from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import single_threaded_tasks
 from loratool.errors import InputError, Problem, UsageError, VerificationError, raise_problems
 from loratool.exporting import ExportJob, ExportOptions
-from loratool.json_files import MANIFEST, manifest
+from loratool.json_files import MANIFEST, manifest, parse_json
 from loratool.plugins import option
 from loratool.reports import Report
 from loratool.shell import load_class
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters.onnx import report
+from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
 from loratool_plugins.exporters.onnx.graph import Form, Traced, count_operators, trace
 from loratool_plugins.exporters.onnx.linking import link_weights
 from loratool_plugins.exporters.onnx.preparation import Prepared, prepare
@@ -113,6 +115,7 @@ class Onnx:
             written = _write(job.merged, prepared, graphs, options, dest, progress)
         for graph in graphs:
             ir.save(graph.model, dest / f"{graph.name}.onnx")
+        genai = _write_genai(job, prepared, dest)
         operators = self._compare_with_base(job, prepared, traced, progress)
         progress("comparing with PyTorch")
         tolerance = Tolerance(
@@ -131,6 +134,7 @@ class Onnx:
             "dtype": options.chosen_dtype,
             "opset": self.opset,
             "linked": options.link,
+            "genai": genai,
             **report.describe(traced, operators, prepared.sources, written, dest),
             "verification": report.describe_verification(
                 providers, comparisons, tolerance, self.seed
@@ -208,6 +212,20 @@ def _write(
     return replace(written, blocks=(*linked, *written.blocks))
 
 
+def _write_genai(job: ExportJob, prepared: Prepared, dest: Path) -> dict[str, str]:
+    """Let onnxruntime-genai run the graphs, if it can: what file says so, or why it cannot."""
+    if reason := objection(prepared.stages):
+        return {"objection": reason}
+    stated = job.merged.side_files.get("generation_config.json")
+    generation = None
+    if stated is not None:
+        raw = stated if isinstance(stated, bytes) else stated.read_bytes()
+        generation = parse_json(raw, "generation_config.json")
+    content = genai_config(job.merged.config or {}, generation, prepared.stages, job.options.device)
+    write_file(dest / GENAI_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    return {"file": GENAI_FILE}
+
+
 def task_of(architecture: str) -> str | None:
     """What pipelines call the task of a model class; None if it has no such name."""
     return next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
@@ -222,6 +240,6 @@ def _foreign_files(merged: Checkpoint) -> dict[str, Path | bytes]:
     return {
         name: content
         for name, content in merged.side_files.items()
-        if str(PurePosixPath(name)) not in (DATA_FILE, MANIFEST)
+        if str(PurePosixPath(name)) not in (DATA_FILE, MANIFEST, GENAI_FILE)
         and PurePosixPath(name).suffix != ".onnx"
     }
