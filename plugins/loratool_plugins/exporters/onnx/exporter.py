@@ -202,14 +202,15 @@ def _write(
     """Write the weights and the model's other files."""
     linked: tuple[Block, ...] = ()
     if options.link:
-        files = replace(merged, side_files=_foreign_files(merged))
-        linked = link_weights(graphs, files, prepared.tensors, dest, progress)
+        model = replace(merged, side_files=_foreign_files(merged))
+        linked = link_weights(graphs, model, prepared.tensors, dest, progress)
     else:
         write_side_files(_foreign_files(merged), dest)
     written = write_weights(
         graphs, prepared.tensors, dest / DATA_FILE, lambda name: progress(f"writing {name}")
     )
-    return replace(written, blocks=(*linked, *written.blocks))
+    files = dict.fromkeys((*(block.path for block in linked), *written.files))
+    return replace(written, blocks=(*linked, *written.blocks), files=tuple(files))
 
 
 def _write_genai(job: ExportJob, prepared: Prepared, dest: Path) -> dict[str, str]:

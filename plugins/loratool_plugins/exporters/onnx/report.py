@@ -47,8 +47,7 @@ def describe(
         }
         for found in traced
     }
-    data_files = dict.fromkeys(block.path for block in written.blocks)
-    paths = [*(folder / f"{name}.onnx" for name in graphs), *data_files]
+    paths = [*(folder / f"{name}.onnx" for name in graphs), *written.files]
     return {
         "graphs": graphs,
         "files": {

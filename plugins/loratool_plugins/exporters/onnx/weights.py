@@ -55,10 +55,12 @@ class Written:
     Attributes:
         blocks: every arrangement of tensors that a graph asks for, once.
         constants: how many constants of the graphs the files hold as well.
+        files: all of them.
     """
 
     blocks: tuple[Block, ...]
     constants: int
+    files: tuple[Path, ...]
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Read the checkpoint again and compare the files with what they should hold, bit by bit.
@@ -147,7 +149,8 @@ def write_weights(
         constants = _write_constants(graphs, file, path)
     if not blocks and not constants:
         path.unlink()
-    return Written(tuple(blocks), constants)
+        return Written((), 0, ())
+    return Written(tuple(blocks), constants, (path,))
 
 
 def _align(file: IO[bytes]) -> int:
