@@ -17,7 +17,7 @@ from loratool_plugins.steps.bench.models import (
     only_model,
     same_graphs,
 )
-from loratool_plugins.steps.bench.sessions import Values, read_adapter, takes_adapter
+from loratool_plugins.steps.bench.runs import Values, read_adapter, takes_adapter
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,8 @@ from loratool_plugins.steps.bench.lineup import Contender, Lineup
 from loratool_plugins.steps.bench.loading import Load, measure_load
 from loratool_plugins.steps.bench.report import Measured, bench_report
 from loratool_plugins.steps.bench.rounds import Plan, run_rounds
-from loratool_plugins.steps.bench.sessions import (
-    PROVIDERS,
-    Options,
-    open_session,
-    timed_run,
-)
+from loratool_plugins.steps.bench.runs import timed_run
+from loratool_plugins.steps.bench.sessions import PROVIDERS, Options, open_session
 from loratool_plugins.steps.bench.shapes import Extent, Shape, extent
 
 if TYPE_CHECKING:
