@@ -618,6 +618,18 @@ def export(
     base: CheckpointLike,
     adapters: Sequence[tuple[AdapterLike, float]] = (),
     *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    fuse: bool = True,
+    cache: bool = True,
+    link: bool = False,
+    graft: str = "",
+    name: str = "",
+    requantize: bool = False,
+    swappable: bool = False,
+    max_rank: int = 64,
+    module: str = "",
+    strict: bool = False,
     exporter: str = "onnx",
     architecture: str = "",
 ) -> LazyOnnx:
@@ -626,14 +638,31 @@ def export(
     Args:
         base: the base model.
         adapters: (adapter, weight) pairs, in any order.
-        exporter: the exporter plugin, with options ("onnx:dtype=fp16").
+        device: what it is to run on: "cpu", "cuda", "webgpu" or "dml".
+        dtype: "fp32", "fp16" or "bf16"; None for fp32 on the CPU and fp16 elsewhere.
+        fuse: use ONNX Runtime's fused operators for the device, or standard ones alone.
+        cache: give decoders a key-value cache: one graph for the prompt, one for each token.
+        link: point the graph into the merged .safetensors, written beside it.
+        graft: an ONNX model of the base that the change is put onto, without tracing.
+        name: of the grafted graph; "" for the adapters'.
+        requantize: graft onto quantized weights.
+        swappable: export the base, with the adapters beside it to switch at every request.
+        max_rank: largest rank of an adapter of a swappable export.
+        module: a function that gives any torch module, as "package.module:function".
+        strict: fail if the device cannot be used here to verify the result.
+        exporter: the exporter plugin, with options ("onnx:opset=21").
         architecture: model class or type, where config.json does not say.
 
     Raises:
         InputError: a file cannot be read, or the model's class is not known.
         MismatchError: an adapter does not fit the base; all complaints at once.
+        UsageError: options contradict each other.
     """
-    step = Export(exporter, architecture)
+    step = Export(
+        device=device, dtype=dtype, fuse=fuse, cache=cache, link=link, graft=graft, name=name,
+        requantize=requantize, swappable=swappable, max_rank=max_rank, module=module,
+        strict=strict, exporter=exporter, architecture=architecture,
+    )  # fmt: skip
     return _as(LazyOnnx, step.run(_checkpoint(base), _weighted(adapters)))
 
 

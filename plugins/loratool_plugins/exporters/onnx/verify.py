@@ -16,12 +16,12 @@ from loratool.engine import single_threaded_tasks
 from loratool.errors import VerificationError
 from loratool.quiet import quiet, shorten
 from loratool.shell import load_class
-from loratool_plugins.exporters.onnx.graph import AXES
 from loratool_plugins.exporters.onnx.inputs import Feeds, sample_inputs
 from loratool_plugins.exporters.onnx.weights import Written
 
 # (batch, sequence) of the inputs that are compared; neither is the traced one.
 _SHAPES = ((2, 7), (3, 13))
+AXES = ("batch", "sequence")
 _FATAL, _WARNING = 4, 2
 
 Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
@@ -161,7 +161,7 @@ def verify(
     feeds = [sample_inputs(cls, config, *shape, seed + i) for i, shape in enumerate(_SHAPES)]
     with single_threaded_tasks():  # as they were written
         tensors = {name: tensor.read() for name, tensor in merged.items()}
-    written.check(tensors)
+    written.check(merged)
     references = reference_outputs(merged, tensors, feeds)
     del tensors
     session = open_session(path)
