@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 import torch
 
+from loratool import plugins
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import single_threaded_tasks
@@ -24,6 +25,8 @@ from loratool.shell import load_class
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters.onnx import report
 from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
+from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
+from loratool_plugins.exporters.onnx.grafts import graph_name
 from loratool_plugins.exporters.onnx.graph import Form, Traced, count_operators, trace
 from loratool_plugins.exporters.onnx.linking import link_weights
 from loratool_plugins.exporters.onnx.preparation import Prepared, prepare
@@ -148,6 +151,35 @@ class Onnx:
             report.lines(data),
             notes=report.notes(job, prepared.sources, traced, written),
         )
+
+    def graft(self, job: ExportJob, target: Path, overwrite: bool, progress: Progress) -> Report:
+        """Put the merged weights onto an ONNX model of the base, in `target`.
+
+        Nothing is traced or run by PyTorch: the graph is the base's, and every value that changes
+        is compared with the merged checkpoint's, bit by bit.
+
+        Raises:
+            InputError: the ONNX file is damaged.
+            MismatchError: it is of another base, or lacks what the adapters change.
+            OutputError: `target` holds something else than grafts of this base.
+        """
+        options = job.options
+        raise_problems(f"{job.merged.label}: cannot be exported to ONNX", self.check(job))
+        labels = [part.adapter.label for part in job.parts]
+        executor = plugins.create("executors", "threads")
+        progress("matching")
+        with single_threaded_tasks():
+            graft = plan_graft(Path(options.graft), job.base, job.merged)
+            return write_graft(
+                graft,
+                target,
+                options.name or graph_name(labels),
+                executor,
+                lambda name: progress(f"writing {name}"),
+                overwrite,
+                options.link,
+                {"adapters": [{"adapter": p.adapter.label, "weight": p.weight} for p in job.parts]},
+            )
 
     def _trace(
         self, prepared: Prepared, options: ExportOptions, progress: Progress

@@ -12,6 +12,7 @@ from loratool.in_memory import in_memory
 from loratool.shell import Shell, build_shell
 from loratool.skeleton import build_skeleton
 from loratool.sources import Sources, resolve
+from loratool_plugins.exporters.onnx.factory import check_names, make
 from loratool_plugins.exporters.onnx.fingerprints import Fingerprints, stamp
 from loratool_plugins.exporters.onnx.stages import Stage, stages_of
 
@@ -50,7 +51,9 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype, cache: bool, module: str
     """
     made: tuple[Stage, ...] = ()
     if module:
-        raise NotImplementedError
+        shell, stage = make(module, checkpoint.config, dtype)
+        tensors, made = checkpoint, (stage,)
+        check_names(module, shell, {name: tensor.shape for name, tensor in checkpoint.items()})
     else:
         config = checkpoint.config or {}
         shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
