@@ -92,7 +92,7 @@ def build_shell(
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with quiet(), no_init_weights(), _parameters_on_meta():
+        with quiet(), no_init_weights(), parameters_on_meta():
             config.dtype = dtype
             if attention is not None:
                 config._attn_implementation = attention
@@ -102,12 +102,22 @@ def build_shell(
         raise InputError(f"{cls.__name__}: cannot be built: {shorten(error)}") from error
     finally:
         torch.set_default_dtype(before)
+    return emptied(cls.__name__, model)
+
+
+def emptied(architecture: str, model: torch.nn.Module) -> Shell:
+    """Put placeholders in the place of a module's parameters; shared ones stay shared.
+
+    Args:
+        architecture: what the model is called.
+        model: the module, changed in place.
+    """
     _replace_parameters(model)
-    return Shell(cls.__name__, model, _tied_names(model))
+    return Shell(architecture, model, _tied_names(model))
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Every parameter that is registered inside the block goes to the meta device, buffers do not.
 
     Moving them one by one as they are made never holds more than one parameter, and code that
