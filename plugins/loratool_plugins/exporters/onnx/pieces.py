@@ -104,9 +104,7 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 class _Constants:
     """What is computed from initializers alone."""
 
-    def __init__(
-        self, graph: onnx.GraphProto, uses: Sequence[set[str]], weights: set[str]
-    ) -> None:
+    def __init__(self, graph: onnx.GraphProto, uses: Sequence[set[str]], weights: set[str]) -> None:
         self.nodes: set[int] = set()
         self._weights = {name: frozenset((name,)) for name in weights}
         self._chains: dict[str, frozenset[int]] = {name: frozenset() for name in weights}

@@ -103,21 +103,28 @@ def open_bounded(path: Path, device: str = "cpu", threads: int = 0) -> Session:
         UsageError: there is no such device.
         VerificationError: ONNX Runtime refuses the model.
     """
+    session: Session
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # ONNX Runtime says it better
-        return open_session(path, device, threads)
-    if weight_bytes(model) <= SMALL:
-        return open_session(path, device, threads)
-    if device != "cpu":
+        model = onnx.ModelProto()
+    if weight_bytes(model) <= SMALL or not shortfall(device, usable(device)):
         session = open_session(path, device, threads)
-        if not shortfall(device, session.get_providers()):
-            return session
-        del session
+        return session
     session = open_session(path, "cpu", threads, frugal=True)
     if not any(tensor.data_type in _HALF for tensor in model.graph.initializer):
         return session
     return PieceSession(session, model, path.parent, cut(model, PIECE), threads)
+
+
+def usable(device: str) -> Sequence[str]:
+    """The providers that a session on a device really gets here; found out on an empty model."""
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    content = model.SerializeToString()
+    session = _open(content, "an empty model", _options(1, False), _providers(device), False)
+    found: Sequence[str] = session.get_providers()
+    return found
 
 
 def shortfall(device: str, used: Sequence[str]) -> str:
