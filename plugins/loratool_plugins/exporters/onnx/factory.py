@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from loratool.checkpoint import Checkpoint
 from loratool.errors import InputError
 from loratool.quiet import quiet, shorten
 from loratool.shell import Shell, emptied, parameters_on_meta
@@ -101,6 +102,21 @@ def make(
         for argument in inputs
     }
     return shell, Stage("model", module, inputs, shapes, axes, None)
+
+
+def filled(name: str, checkpoint: Checkpoint) -> torch.nn.Module:
+    """A factory's module with a checkpoint's values, in fp32; all of it is held.
+
+    Args:
+        name: of the factory, as `package.module:function`.
+        checkpoint: its tensors' names are those of the module's state_dict.
+    """
+    with quiet():
+        config = checkpoint.config
+        module: torch.nn.Module = find_function(name)(None if config is None else dict(config))[0]
+    values = {key: tensor.read() for key, tensor in checkpoint.items()}
+    module.load_state_dict(values, strict=False, assign=True)
+    return module.float().eval()
 
 
 def refuse_adapters(label: str, module: torch.nn.Module) -> None:

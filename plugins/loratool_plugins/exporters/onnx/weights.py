@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 
 from loratool.checkpoint import Checkpoint
-from loratool.errors import VerificationError
 from loratool.writer import tensor_bytes
 from loratool_plugins.exporters.onnx.origins import Origin, assemble
 
@@ -61,24 +60,6 @@ class Written:
     blocks: tuple[Block, ...]
     constants: int
     files: tuple[Path, ...]
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Read the checkpoint again and compare the files with what they should hold, bit by bit.
-
-        Raises:
-            VerificationError: values are not what was written.
-        """
-        for block in self.blocks:
-            stored = np.memmap(block.path, np.uint8, "r")
-            offset = block.offset
-            for piece in assemble(block.origin, checkpoint, block.dtype):
-                data = np.frombuffer(tensor_bytes(piece), np.uint8)
-                if not np.array_equal(data, stored[offset : offset + data.size]):
-                    raise VerificationError(
-                        f"{block.path.name}: {', '.join(block.origin.keys)} is not what the "
-                        "checkpoint gives when it is read again; did an input change meanwhile?"
-                    )
-                offset += data.size
 
     def in_several_layouts(self) -> dict[str, int]:
         """Tensors that were written more than once -> how many times, and the bytes that cost."""
