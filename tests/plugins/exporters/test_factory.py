@@ -127,6 +127,6 @@ def test_a_module_with_its_adapter_beside_it_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
     for module in (wrapped, torch.nn.ModuleList([wrapped.base_model.model])):
-        with pytest.raises(InputError, match="30% more matrix products.*merge_and_unload"):
+        with pytest.raises(InputError, match=r"30% more matrix products.*merge_and_unload"):
             refuse_adapters("m:f", module)
     refuse_adapters("m:f", wrapped.merge_and_unload())

@@ -76,4 +76,6 @@ def test_genai_generates_what_transformers_does(tmp_path: Path) -> None:
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=16, do_sample=False,
         )  # fmt: skip
-        assert generator.get_sequence(0).tolist() == expected[0].tolist()
+        # genai leaves the end token out
+        tokens = [token for token in expected[0].tolist() if token != 63]
+        assert generator.get_sequence(0).tolist() == tokens

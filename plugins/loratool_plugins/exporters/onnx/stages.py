@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.exporters.exporter_onnx import use_experts_implementation
 from transformers.exporters.utils import apply_patches, get_leaf_tensors, is_multimodal
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -278,6 +279,7 @@ def cache_layers(shell: Shell, module: torch.nn.Module) -> tuple[Layer, ...]:
             quiet(),
             torch.no_grad(),
             apply_patches("dynamo"),
+            use_experts_implementation(model, "batched_mm"),  # others compute to find out shapes
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
         ):
             fakes = {
