@@ -426,14 +426,16 @@ def _shapes(
     inputs: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]], config: Any
 ) -> dict[str, Any]:
     """The axes as torch.export takes them: for each argument, a cache's tensors in their order."""
-    # A named axis must satisfy guards that torch.export cannot prove where queries are grouped.
+    # A named axis must satisfy guards that torch.export cannot prove where queries are grouped or
+    # convolutions have strides.
     free = torch.export.Dim.DYNAMIC
     symbols: dict[str, Any] = {
         "past": free,
         "total": free,
         "sequence": torch.export.Dim("sequence", max=position_limit(config)),
     }
-    for name in ("batch", "source", "images", "samples"):
+    symbols["samples"] = free
+    for name in ("batch", "source", "images"):
         symbols[name] = torch.export.Dim(name)
 
     def shape_of(name: str) -> dict[int, Any]:
