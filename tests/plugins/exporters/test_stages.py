@@ -16,6 +16,7 @@ from loratool.shell import Shell, build_shell
 from loratool_plugins.exporters.onnx.inputs import Sizes
 from loratool_plugins.exporters.onnx.stages import (
     graph_name,
+    loosened,
     named_inputs,
     run,
     sample_of,
@@ -143,6 +144,17 @@ def test_prompts_are_padded_on_the_left_and_counted_without_the_padding(name: st
     again = sample_of(made[name], Sizes(3, 6, past=5), seed=3)
     for key, value in named_inputs(inputs).items():
         assert torch.equal(value, named_inputs(again)[key])
+
+
+def test_loosened_axes_are_the_same_ones() -> None:
+    for stage in stages_of(shell_of("llama", "LlamaForCausalLM")):
+        assert stage.dynamic_shapes is not None
+        shapes = loosened(stage).dynamic_shapes
+        assert shapes is not None and shapes.keys() == stage.dynamic_shapes.keys()
+        for name, shape in stage.dynamic_shapes.items():
+            kept = [list(one) for one in (shape if isinstance(shape, list) else [shape])]
+            loose = shapes[name] if isinstance(shapes[name], list) else [shapes[name]]
+            assert [list(one) for one in loose] == kept
 
 
 def test_names_of_the_cache() -> None:

@@ -109,6 +109,24 @@ def stages_of(shell: Shell, cache: bool = True) -> tuple[Stage, ...]:
     return (_stage("model", model, model, ()),)
 
 
+def loosened(stage: Stage) -> Stage:
+    """The same stage with axes that torch.export may relate to each other as it finds them.
+
+    For models of which it says with named axes that constraints are violated (a UserError): it
+    cannot prove then what the model needs of an axis for all of its sizes. An axis that cannot vary
+    is an error still.
+    """
+    free = torch.export.Dim.DYNAMIC
+
+    def loosen(shape: Any) -> Any:
+        if isinstance(shape, Mapping):
+            return dict.fromkeys(shape, free)
+        return [loosen(one) for one in shape]
+
+    shapes = stage.dynamic_shapes or {}
+    return replace(stage, dynamic_shapes={name: loosen(shape) for name, shape in shapes.items()})
+
+
 def sample_of(stage: Stage, sizes: Sizes, seed: int) -> dict[str, Any]:
     """Inputs of a stage in other sizes than those that it is traced with.
 
