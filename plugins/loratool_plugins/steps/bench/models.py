@@ -55,7 +55,11 @@ def find_models(places: Sequence[Path]) -> list[Model]:
     models = []
     for place, name in zip(places, _names(places), strict=True):
         models += _models_in(place, name)
-    return models
+    named = [model.name for model in models]
+    return [
+        model if named.count(model.name) == 1 else replace(model, name=f"{model.place}: {name}")
+        for model, name in zip(models, named, strict=True)
+    ]
 
 
 def only_model(place: Path) -> Model:
