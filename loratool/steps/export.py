@@ -83,15 +83,18 @@ class Export(ExportOptions):
                 f"{base.label}: is a diffusers model: only models of transformers can be exported"
             )
         exporter: Exporter = plugins.create("exporters", self.exporter)
-        merge = Merge(architecture=self.architecture)
-        merged = merge.merged(base, adapters)
+        # What is linked to is the merged model itself, in the type of the graph.
+        dtype = self.chosen_dtype if self.link and not self.graft else None
+        merge = Merge(architecture=self.architecture, dtype=dtype)
+        merged = merge.merged(base, () if self.swappable else adapters)
         if merged.config is None and not (self.graft or self.module):
             raise InputError(
                 f"{base.label}: has no config.json: name its class by --architecture, or a "
                 "function that makes the model by --module"
             )
-        plain = in_class_of(merged, base, merge, adapters)
-        job = ExportJob(merged, plain, base, bind_parts(base, adapters), self)
+        plain = merged if self.swappable else in_class_of(merged, base, merge, adapters)
+        each = [merge.merged(base, [adapter]) for adapter in adapters] if self.swappable else []
+        job = ExportJob(merged, plain, base, bind_parts(base, adapters), each, self)
         raise_problems(f"{base.label} cannot be exported:", exporter.check(job))
         return LazyExport(job, exporter)
 

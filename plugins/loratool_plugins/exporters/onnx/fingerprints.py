@@ -214,10 +214,7 @@ def _axis_to_vary(shape: tuple[int, ...]) -> int:
     """The axis whose place tells how a tensor is turned: one of two that are equally long."""
     counts = Counter(size for size in shape if size > 1)
     repeated = [size for size, count in counts.items() if count > 1]
-    wanted = max(repeated) if repeated else None
-    if wanted is not None:
-        return shape.index(wanted)
-    return next((axis for axis, size in enumerate(shape) if size > 1), 0)
+    return shape.index(max(repeated)) if repeated else 0
 
 
 def _column(number: int, length: int, dtype: torch.dtype) -> torch.Tensor:
