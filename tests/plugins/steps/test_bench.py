@@ -239,7 +239,7 @@ def test_a_decode_graph_computes_one_token_after_others(tmp_path: Path, no_loads
     report = bench(tmp_path / "one", tmp_path / "two", shape=("2x6", "1x3+5"))
     found = [(r["stage"], r["batch"], r["sequence"], r["past"]) for r in report.data["results"]]
     assert found == [
-        ("decode", 2, 1, 6), ("decode", 1, 3, 5), ("prefill", 2, 6, 0), ("prefill", 1, 3, 5),
+        ("prefill", 2, 6, 0), ("prefill", 1, 3, 5), ("decode", 2, 1, 6), ("decode", 1, 3, 5),
     ]  # fmt: skip
 
 
@@ -248,7 +248,11 @@ def test_a_past_is_for_the_graphs_with_a_cache(tmp_path: Path, no_loads: None) -
     write_text_model(tmp_path, name="prefill.onnx")
     report = bench(tmp_path, shape=("2x6", "1x1+5"))
     found = [(r["stage"], r["sequence"], r["past"]) for r in report.data["results"]]
-    assert found == [("decode", 1, 6), ("decode", 1, 5), ("prefill", 6, None)]
+    assert found == [("prefill", 6, None), ("decode", 1, 6), ("decode", 1, 5)]
+    (model,) = report.data["models"]  # both graphs together, as `no_loads` gives them
+    assert (model["load_seconds"], model["private_bytes"], model["peak_bytes"]) == (
+        1.0, 2 << 20, 3 << 20,
+    )  # fmt: skip
 
 
 def test_a_stage_that_only_one_has_is_left_out_and_told(tmp_path: Path) -> None:

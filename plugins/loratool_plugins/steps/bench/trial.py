@@ -176,12 +176,12 @@ def _try(run: Callable[[], float], contender: Contender, stage: str, shape: Shap
 
 
 def _together(parts: Sequence[Load]) -> Load:
-    """The load of several graphs, one after the other."""
-    private = [part.private for part in parts if part.private is not None]
-    peak = [part.peak for part in parts if part.peak is not None]
-    return Load(
-        sum(part.seconds for part in parts),
-        sum(private) if len(private) == len(parts) else None,
-        max(peak) if len(peak) == len(parts) else None,
-        parts[0].providers,
-    )
+    """The load of several graphs, one after the other, each staying."""
+    private, peak = 0, 0
+    for part in parts:
+        if part.private is None or part.peak is None:
+            seconds = sum(one.seconds for one in parts)
+            return Load(seconds, None, None, part.providers)
+        peak = max(peak, private + part.peak)
+        private += part.private
+    return Load(sum(part.seconds for part in parts), private, peak, parts[0].providers)
