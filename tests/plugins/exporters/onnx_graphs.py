@@ -178,6 +178,7 @@ class Base:
         """What ONNX Runtime computes with a graph."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         feeds = {name: value.numpy() for name, value in feeds_of(self.model).items()}
         wanted = [entry.name for entry in session.get_inputs()]

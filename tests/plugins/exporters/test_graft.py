@@ -1,4 +1,4 @@
-"""Grafts on ONNX files of tiny models, made by every exporter, beside the merged model in PyTorch."""
+"""Grafts on ONNX files of tiny models, made by every exporter, beside merged models in PyTorch."""
 
 from __future__ import annotations
 

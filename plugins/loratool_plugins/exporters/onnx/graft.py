@@ -127,16 +127,18 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
     layouts = {i.name: found for i in floats if (found := library.match(i)) is not None}
     problems = [*_class_problems(base, merged, layouts), *_shape_problems(tensors, merged, changed)]
     present = {name for layout in layouts.values() for name in layout.names}
-    missing = [name for name in changed if name not in present]
     share, foreign = _foreign(floats, layouts, tensors, present)
     if foreign and share < 1 - _MOST_FOREIGN:
         raise MismatchError(_other_checkpoint(path, base, share, foreign))
-    problems += [_missing(graph, name, tensors, base) for name in missing]
     placement = place(graph, layouts, changed)
-    problems += [p for p in placement.problems if p.tensor not in missing]
+    problems += placement.problems
+    # A tensor may have the values of an initializer, and yet every use of that be another's.
+    placed = {n for groups in placement.placed.values() for group in groups for n in group.names}
+    told = {problem.tensor for problem in problems}
+    problems += [_missing(name, tensors) for name in changed if name not in placed | told]
     if problems:
-        told = "\n".join(f"  {problem}" for problem in problems)
-        raise MismatchError(f"{path}: cannot be grafted:\n{told}")
+        lines = (f"  {problem}" for problem in problems)
+        raise MismatchError("\n".join([f"{path}: cannot be grafted:", *lines]))
     patches = tuple(_patches(graph, placement.placed))
     notes = tuple(_notes(patches, foreign))
     weights = [i for i in floats if i.numel > 1]
@@ -195,9 +197,7 @@ def _shape_problems(
             )  # fmt: skip
 
 
-def _missing(
-    graph: BaseGraph, name: str, tensors: Mapping[str, LazyTensor], base: Checkpoint
-) -> Problem:
+def _missing(name: str, tensors: Mapping[str, LazyTensor]) -> Problem:
     tensor = tensors[name]
     if len(tensor.shape) < 2 and not bool(tensor.read().any()):
         reason = (
