@@ -42,6 +42,10 @@ def llama(tied: bool = False) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
+def tied_llama() -> Any:
+    return llama(tied=True)
+
+
 def gpt2() -> Any:
     config = transformers.GPT2Config(
         n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=VOCABULARY,
