@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
             or cannot be told from something else; all complaints at once.
     """
     graph = open_graph(path)
+    base = _as_merged(base, merged)
     tensors, changed = _changes(base, merged)
     floats = [i for i in graph.initializers.values() if i.is_float]
     library = Library(tensors)
@@ -146,6 +147,22 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
         graph, tensors, {name: merged[name] for name in changed}, changed, patches,
         (sum(i.name in layouts for i in weights), len(weights)), share, notes,
     )  # fmt: skip
+
+
+def _as_merged(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
+    """The base's tensors under the names of a merged model whose class has other prefixes.
+
+    Tensors that nothing was done to show how names are changed.
+    """
+    found = {id(tensor.blocks): name for name, tensor in merged.items()}
+    names = {n: found[id(t.blocks)] for n, t in base.items() if id(t.blocks) in found}
+    added = {("", new.removesuffix(old)) for old, new in names.items() if new.endswith(old)}
+    removed = {(old.removesuffix(new), "") for old, new in names.items() if old.endswith(new)}
+    rules = sorted(added | removed)
+    for name in (name for name in base if name not in names):
+        spellings = (new + name.removeprefix(old) for old, new in rules if name.startswith(old))
+        names[name] = next((s for s in (name, *spellings) if s in merged), name)
+    return replace(base, tensors={names[n]: t.renamed(names[n]) for n, t in base.items()})
 
 
 def _changes(base: Checkpoint, merged: Checkpoint) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
