@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx.helper import np_dtype_to_tensor_dtype
+from onnx.helper import (
+    make_graph,
+    make_model,
+    make_node,
+    make_opsetid,
+    make_tensor_value_info,
+    np_dtype_to_tensor_dtype,
+)
 
 from loratool.errors import UsageError, VerificationError
 from loratool.quiet import quiet, shorten
@@ -108,7 +115,8 @@ def open_bounded(path: Path, device: str = "cpu", threads: int = 0) -> Session:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # ONNX Runtime says it better
         model = onnx.ModelProto()
-    if weight_bytes(model) <= SMALL or not shortfall(device, usable(device)):
+    elsewhere = device != "cpu" and not shortfall(device, usable(device))
+    if weight_bytes(model) <= SMALL or elsewhere:
         session = open_session(path, device, threads)
         return session
     session = open_session(path, "cpu", threads, frugal=True)
@@ -118,11 +126,12 @@ def open_bounded(path: Path, device: str = "cpu", threads: int = 0) -> Session:
 
 
 def usable(device: str) -> Sequence[str]:
-    """The providers that a session on a device really gets here; found out on an empty model."""
-    graph = onnx.helper.make_graph([], "empty", [], [])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    """The providers that a session on a device really gets here, found out on a tiny model."""
+    ends = [make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = make_graph([make_node("Identity", ["x"], ["y"])], "tiny", ends[:1], ends[1:])
+    model = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8)
     content = model.SerializeToString()
-    session = _open(content, "an empty model", _options(1, False), _providers(device), False)
+    session = _open(content, "a tiny model", _options(1, False), _providers(device), False)
     found: Sequence[str] = session.get_providers()
     return found
 
