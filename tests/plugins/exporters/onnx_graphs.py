@@ -53,15 +53,16 @@ def save(
 
 
 def trace_stages(
-    model: Any, folder: Path, dtype: torch.dtype = torch.float32, optimize: bool = False
+    model: Any, folder: Path, dtype: torch.dtype = torch.float32, fusions: Any = None
 ) -> dict[str, Path]:
     """The graphs of a model with its weights: stage -> file. Changes the model's type."""
     model.to(dtype).eval()
     paths = {}
     for stage in stages_of(Shell(type(model).__name__, model, {})):
         settings = OnnxConfig(
-            dynamic=True, dynamic_shapes=stage.dynamic_shapes, optimize=optimize, opset_version=20
-        )
+            dynamic=True, dynamic_shapes=stage.dynamic_shapes, opset_version=20,
+            optimize=fusions is not None, ort_fusions=fusions,
+        )  # fmt: skip
         with quiet():
             program = OnnxExporter().export(stage.module, dict(stage.inputs), settings).program
         name_graph(program, stage)

@@ -14,9 +14,10 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from onnxruntime.transformers import float16
 from transformers import GenerationConfig
 
-from loratool.checkpoint import Checkpoint
+from loratool.checkpoint import Checkpoint, LazyTensor
 from loratool.errors import VerificationError
 from loratool.opening import open_checkpoint
 from loratool_plugins.exporters.onnx import sessions
@@ -74,7 +75,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     def get(kind: str) -> Exported:
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            model = build(ARCHITECTURES[kind], tiny_config(kind))
+            settings = {"num_layers": 1} if kind == "t5" else {}
+            model = build(ARCHITECTURES[kind], tiny_config(kind, **settings))
             perturb(model)
             model.save_pretrained(folder / "model")
             checkpoint = open_checkpoint(folder / "model")
@@ -237,14 +239,17 @@ def test_half_precision_in_pieces(
 ) -> None:
     monkeypatch.setattr(sessions, "SMALL", 0)
     monkeypatch.setattr(sessions, "PIECE", 20_000)
-    model = build("LlamaForCausalLM", tiny_config("llama"))
-    model.load_state_dict(llama.model.state_dict())
-    graphs = trace_stages(model, tmp_path, torch.float16, optimize=True)
+    graphs = {}
+    for name, path in llama.graphs.items():
+        half = float16.convert_float_to_float16(onnx.load(path), disable_shape_infer=True)
+        graphs[name] = tmp_path / path.name
+        onnx.save(half, graphs[name])
     opened = {name: open_bounded(path) for name, path in graphs.items()}
     assert all(isinstance(session, PieceSession) for session in opened.values())
     answer = lambda batches: references_of(llama.checkpoint, batches, whole=0)  # noqa: E731
     results, how = verify_generation(opened, llama.prompts(), answer, TOLERANCES["fp16"])
-    assert how == "streamed" and len(results) == 2
+    assert how == "streamed"
+    assert max(result.comparison.differences["decode logits"] for result in results) > 1e-5
 
 
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))
@@ -314,16 +319,9 @@ def test_the_origin_of_a_tensor_as_it_lies() -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((), (3,), (2, 3)):
         values = torch.randn(shape, generator=generator)
-        tensor = Checkpoint({}).tensors  # an empty mapping, to be filled
-        tensor = {"w": _lazy("w", values)}
-        (piece,) = assemble(direct(tensor["w"]), tensor, torch.float32)
+        tensor = LazyTensor("w", "F32", shape, lambda made=values: iter([made]))  # type: ignore[misc]
+        (piece,) = assemble(direct(tensor), {"w": tensor}, torch.float32)
         assert torch.equal(piece, values.reshape(-1))
-
-
-def _lazy(name: str, values: torch.Tensor) -> Any:
-    from loratool.checkpoint import LazyTensor
-
-    return LazyTensor(name, "F32", tuple(values.shape), lambda: iter([values]))
 
 
 def test_only_unpadded_places_are_compared(llama: Exported) -> None:
