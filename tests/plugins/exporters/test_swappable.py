@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loratool_plugins.exporters.onnx.swappable import (
     adaptable,
     make_swappable,
 )
+from loratool_plugins.exporters.onnx.weights import Graph
 from tests.swappable_models import (
     Base,
     bound,
@@ -61,9 +63,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
 
 def swappable(base: Base, targets: Any = None) -> tuple[ir.Model, list[Slot]]:
-    model = base.graph.clone()
-    wanted = adaptable(model, base.origins) if targets is None else targets
-    return model, make_swappable(model, base.origins, wanted, base.aliases)
+    graph = replace(base.graph, model=base.graph.model.clone())
+    wanted = adaptable([graph]) if targets is None else targets
+    return graph.model, make_swappable([graph], wanted, base.tied)
 
 
 def outputs(path: Path, feeds: Any, adapter: Path | None = None) -> np.ndarray[Any, Any]:
@@ -87,12 +89,12 @@ def test_a_graph_with_factors_is_the_base_and_with_an_adapter_what_peft_computes
         rank_pattern={targets[0]: 2}, alpha_pattern={targets[1]: 11}, use_rslora=True,
     )  # fmt: skip
     model, slots = swappable(base)
-    ir.save(base.graph, tmp_path / "base.onnx")
+    ir.save(base.graph.model, tmp_path / "base.onnx")
     ir.save(model, tmp_path / "model.onnx")
     if "fused" not in kind:  # it does not know ONNX Runtime's own operators
         checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
 
-    (written,) = write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path)
+    (written,) = write_adapters([bound(base, trained)], slots, tmp_path)
 
     plain = outputs(tmp_path / "base.onnx", base.feeds)
     assert plain.tobytes() == outputs(tmp_path / "model.onnx", base.feeds).tobytes()
@@ -133,10 +135,10 @@ def test_embeddings_and_tied_heads_have_factors_of_their_own(
     base = make("gpt2")
     trained = make_adapter(base, tmp_path / "words", ["wte", "wpe"], ensure_weight_tying=True, r=3)
     part = bound(base, trained)
-    model, slots = swappable(base, targets_of([part], adaptable(base.graph, base.origins)))
+    model, slots = swappable(base, targets_of([part], adaptable([base.graph])))
     ir.save(model, tmp_path / "model.onnx")
 
-    write_adapters([part], slots, ir.DataType.FLOAT, tmp_path)
+    write_adapters([part], slots, tmp_path)
 
     kinds = {slot.target: (slot.kind, slot.turned) for slot in slots}
     assert kinds == {
@@ -168,10 +170,10 @@ def test_a_weight_scales_an_adapter(make: Callable[[str], Base], tmp_path: Path)
     base = make("llama")
     trained = make_adapter(base, tmp_path / "code", ["o_proj"])
     part = bound(base, trained, -0.5)
-    model, slots = swappable(base, targets_of([part], adaptable(base.graph, base.origins)))
+    model, slots = swappable(base, targets_of([part], adaptable([base.graph])))
     ir.save(model, tmp_path / "model.onnx")
 
-    write_adapters([part], slots, ir.DataType.FLOAT, tmp_path)
+    write_adapters([part], slots, tmp_path)
 
     assert [slot.target for slot in slots] == ["model.layers.0.self_attn.o_proj"]
     found = outputs(tmp_path / "model.onnx", base.feeds, tmp_path / "code.onnx_adapter")
@@ -232,7 +234,7 @@ def test_every_form_of_a_product_takes_factors(
     text = {np.float32: "float", np.float16: "float16"}[dtype]
     model = graph_of(nodes, weights, ",".join(map(str, axes)), text)
     ir.save(model, tmp_path / "base.onnx")
-    (slot,) = make_swappable(model, {"W": origin_of(weights["W"])}, ["w.weight"])
+    (slot,) = make_swappable([Graph("model", model, {"W": origin_of(weights["W"])})], ["w.weight"])
     ir.save(model, tmp_path / "model.onnx")
     random = np.random.default_rng(1)
     x = random.standard_normal([6 if axis == 6 else 3 for axis in axes]).astype(dtype)
@@ -253,7 +255,7 @@ def test_every_form_of_a_product_takes_factors(
 def test_a_packed_weight_has_a_pair_for_each_part(tmp_path: Path) -> None:
     model = graph_of("y = MatMul (x, W)", {"W": _W}, "n,6")
     origin = origin_of(_W, Part("q.weight", (1, 0), 5), Part("k.weight", (1, 0), 3), axis=1)
-    slots = make_swappable(model, {"W": origin}, ["k.weight"])
+    slots = make_swappable([Graph("model", model, {"W": origin})], ["k.weight"])
     ir.save(model, tmp_path / "model.onnx")
     x, a, b = np.ones((2, 6), "f"), np.full((6, 1), 0.5, "f"), np.full((1, 3), 2, "f")
 
@@ -273,14 +275,15 @@ def test_a_packed_weight_has_a_pair_for_each_part(tmp_path: Path) -> None:
 )
 def test_what_takes_no_factors_is_named_and_the_graph_left_alone(nodes: str, message: str) -> None:
     model = graph_of(nodes, {"W": _W}, "n,6")
+    graph = Graph("model", model, {"W": origin_of(_W)})
     before = ir.to_proto(model).SerializeToString()
 
     with pytest.raises(MismatchError, match=message) as caught:
-        make_swappable(model, {"W": origin_of(_W)}, ["w.weight", "other.weight"])
+        make_swappable([graph], ["w.weight", "other.weight"])
 
     assert "other.weight: no node of the graph uses it" in str(caught.value)
     assert ir.to_proto(model).SerializeToString() == before
-    assert adaptable(model, {"W": origin_of(_W)}) == ()
+    assert adaptable([graph]) == ()
 
 
 # Adapters that are none for this.
@@ -294,7 +297,7 @@ def test_other_kinds_of_update_are_refused_with_the_way_out(
     _, slots = swappable(base)
 
     with pytest.raises(MismatchError) as caught:
-        write_adapters([bound(base, tmp_path / "dora")], slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters([bound(base, tmp_path / "dora")], slots, tmp_path)
 
     message = str(caught.value)
     assert "q_proj.weight: DoRA update" in message
@@ -312,7 +315,7 @@ def test_a_rank_above_the_limit_is_refused_with_the_way_out(
     _, slots = swappable(base)
 
     with pytest.raises(MismatchError, match=r"v_proj.*has rank 9, --max-rank allows 8.*--rank 8"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path, max_rank=8)
+        write_adapters([bound(base, trained)], slots, tmp_path, max_rank=8)
 
 
 def test_an_update_that_the_graph_has_no_inputs_for_is_an_error(
@@ -323,7 +326,7 @@ def test_an_update_that_the_graph_has_no_inputs_for_is_an_error(
     _, slots = swappable(base, ["model.layers.0.self_attn.q_proj.weight"])
 
     with pytest.raises(MismatchError, match=r"v_proj.weight: the graph has no inputs"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters([bound(base, trained)], slots, tmp_path)
 
 
 def test_factors_that_overflow_fp16_are_an_error(
@@ -331,10 +334,10 @@ def test_factors_that_overflow_fp16_are_an_error(
 ) -> None:
     base = make("llama")
     trained = make_adapter(base, tmp_path / "huge", ["q_proj"], lora_alpha=1e12)
-    _, slots = swappable(base)
+    slots = [replace(slot, dtype=ir.DataType.FLOAT16) for slot in swappable(base)[1]]
 
     with pytest.raises(InputError, match=r"q_proj.weight: its factors overflow float16"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT16, tmp_path)
+        write_adapters([bound(base, trained)], slots, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +349,9 @@ def test_factors_have_the_type_of_the_graph(
 ) -> None:
     base = make("llama")
     trained = make_adapter(base, tmp_path / "half", ["q_proj"], lora_alpha=1e-3)
-    _, slots = swappable(base)
+    slots = [replace(slot, dtype=dtype) for slot in swappable(base)[1]]
 
-    write_adapters([bound(base, trained)], slots, dtype, tmp_path)
+    write_adapters([bound(base, trained)], slots, tmp_path)
 
     path = str(tmp_path / "half.onnx_adapter")
     values = ort.AdapterFormat.read_adapter(path).get_parameters()
@@ -371,4 +374,4 @@ def test_two_adapters_of_one_name_are_an_error(make: Callable[[str], Base], tmp_
     _, slots = swappable(base)
 
     with pytest.raises(MismatchError, match="both called math: rename one"):
-        write_adapters(parts, slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters(parts, slots, tmp_path)
