@@ -12,18 +12,26 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, checker
 
+from loratool.application import Part as Bound
+from loratool.application import Rounding, apply_parts
 from loratool.errors import InputError, MismatchError
-from loratool_plugins.exporters.onnx.adapter_file import targets_of, write_adapters
+from loratool.opening import open_checkpoint
+from loratool.runtime import Session
+from loratool_plugins.exporters.onnx.adapter_file import add_slots, targets_of, write_adapters
+from loratool_plugins.exporters.onnx.graph import trace
 from loratool_plugins.exporters.onnx.origins import Origin, Part
+from loratool_plugins.exporters.onnx.preparation import prepare
 from loratool_plugins.exporters.onnx.swappable import (
     METADATA_KEY,
     Slot,
     adaptable,
     make_swappable,
 )
-from loratool_plugins.exporters.onnx.weights import Graph
+from loratool_plugins.exporters.onnx.weights import Graph, write_weights
+from tests.models import build, tiny_config
 from tests.swappable_models import (
     Base,
     bound,
@@ -123,6 +131,19 @@ def test_the_graph_says_what_it_takes(make: Callable[[str], Base], tmp_path: Pat
     assert said["targets"][slot.target]["lora_A"] == [32, "r"]
 
 
+def test_without_adapters_all_weights_that_are_only_multiplied_by_are_meant(
+    make: Callable[[str], Base],
+) -> None:
+    graph = make("gpt2").graph
+
+    every, linear = adaptable([graph]), adaptable([graph], "linear")
+
+    assert set(every) - set(linear) == {"transformer.wpe.weight", "transformer.wte.weight"}
+    assert [name.rpartition("h.0.")[2] for name in linear] == [
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+    ]  # fmt: skip
+
+
 def test_no_two_targets_share_a_rank(make: Callable[[str], Base]) -> None:
     _, slots = swappable(make("llama"))
 
@@ -151,12 +172,7 @@ def test_embeddings_and_tied_heads_have_factors_of_their_own(
     assert difference(found, merged, base.feeds) < 2e-5
 
 
-def _merged_logits(base: Base, part: Any) -> np.ndarray[Any, Any]:
-    import torch
-
-    from loratool.application import Rounding, apply_parts
-    from loratool.opening import open_checkpoint
-
+def _merged_logits(base: Base, part: Bound) -> np.ndarray[Any, Any]:
     applied = apply_parts(open_checkpoint(str(base.folder)), [part], None, Rounding(), False)
     state = {name: tensor.read() for name, tensor in applied.tensors.items()}
     model = type(base.model).from_pretrained(None, config=base.model.config, state_dict=state)
@@ -178,6 +194,62 @@ def test_a_weight_scales_an_adapter(make: Callable[[str], Base], tmp_path: Path)
     assert [slot.target for slot in slots] == ["model.layers.0.self_attn.o_proj"]
     found = outputs(tmp_path / "model.onnx", base.feeds, tmp_path / "code.onnx_adapter")
     assert difference(found, _merged_logits(base, part), base.feeds) < 2e-5
+
+
+_NO_GRAPH = Graph("", ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {})
+
+
+def test_a_decoders_two_graphs_take_the_same_adapters(tmp_path: Path) -> None:
+    """Traced without weights and fused, with a cache, switched between adapters and none."""
+    model = build("LlamaForCausalLM", tiny_config("llama", num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "base")
+    random = np.random.default_rng(0)
+    ids, mask = random.integers(3, 60, (2, 7)), np.ones((2, 7), np.int64)
+    mask[1, :3] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    base = Base(model, tmp_path / "base", _NO_GRAPH, feeds)
+    trained = {
+        "math": make_adapter(base, tmp_path / "math", ["q_proj", "gate_proj", "lm_head"]),
+        "code": make_adapter(base, tmp_path / "code", ["v_proj"], r=2),
+    }
+    prepared = prepare(open_checkpoint(str(base.folder)), torch.float32, cache=True)
+    graphs = [
+        trace(prepared.shell, stage, prepared.prints, "cuda", 20).graph for stage in prepared.stages
+    ]
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    found = add_slots(graphs, prepared, [bound(base, t) for t in trained.values()], max_rank=4)
+    write_weights(graphs, prepared.tensors, folder / "model.onnx.data", lambda name: None)
+    for graph in graphs:
+        ir.save(graph.model, folder / f"{graph.name}.onnx")
+    write_adapters(found.parts, found.slots, folder, max_rank=4)
+
+    loaded = Session(folder)
+    assert loaded.graphs == ("decode", "prefill")
+    assert loaded.adapters == ("code", "math")
+    for name in ("math", "code", "math"):
+        loaded.set(name)
+        begun = loaded.run(
+            {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1],
+             "position_ids": positions[:, :-1]},
+            graph="prefill",
+        )  # fmt: skip
+        past = {
+            key.replace("present", "past_key_values"): value
+            for key, value in begun.items()
+            if key.startswith("present")
+        }
+        last = {"input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": positions[:, -1:]}
+        binding = loaded.bind(graph="decode")
+        for key, value in {**last, **past}.items():
+            binding.bind_cpu_input(key, np.ascontiguousarray(value))
+        binding.bind_output("logits")
+        loaded.session("decode").run_with_iobinding(binding)
+        logits = binding.copy_outputs_to_cpu()[0][:, -1]
+        expected = trained[name].expected[:, -1]
+        assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 # Forms of nodes, on their own.

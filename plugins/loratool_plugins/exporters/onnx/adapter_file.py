@@ -73,9 +73,9 @@ def add_slots(
             the graphs are as they were.
     """
     adapter_names(parts)
+    parts = [_rebound(part, prepared.tensors) for part in parts]
     for part in parts:
         raise_problems(_heading(part), refusals(part, max_rank))
-    parts = [_rebound(part, prepared.tensors) for part in parts]
     known = adaptable(graphs)
     targets = targets_of(parts, known) if parts else adaptable(graphs, "linear")
     untied = prepared.sources.untied
@@ -179,10 +179,13 @@ def adapter_names(parts: Sequence[Part]) -> list[str]:
 
 
 def _name(part: Part) -> str:
-    path = part.adapter.path
-    if path is None:
+    """The folder's or file's name; of the Hub's `org/name@revision`, the middle part."""
+    if part.adapter.path is None:
         return "adapter"
-    return path.stem if path.is_file() else path.resolve().name
+    path = Path(part.adapter.label).resolve()
+    if part.adapter.label != str(part.adapter.path):
+        path = path.with_name(path.name.partition("@")[0])
+    return path.stem if part.adapter.path.is_file() else path.name
 
 
 def write_adapters(
