@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain, save_adapter, save_checkpoint
@@ -570,6 +571,74 @@ def compare(
     )
     opened = _checkpoint(base), _checkpoint(finetuned)
     return step.run(*opened, _weighted(adapters)).measure(Drain())
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    shape: Sequence[str] = ("1x128",),
+    adapter: Sequence[str | Path] = (),
+    provider: str = "cpu",
+    strict: bool = False,
+    threads: int = 0,
+    warmups: int = 10,
+    repeats: int = 20,
+    limit: float = 60.0,
+    seed: int = 0,
+    vocab: int | None = None,
+    dim: Sequence[str] = (),
+    inputs: str | Path | None = None,
+    plot: str | Path | None = None,
+) -> Report:
+    """How fast ONNX models run in ONNX Runtime, one beside the other, measured now.
+
+    `data["models"]` has a model each: `load_seconds`, `private_bytes`, `disk_bytes`, `own_bytes`,
+    `graphs`. `data["results"]` has a graph and shape each, with a `noise_floor` and, for every
+    model, `median`, `throughput`, `ratio`, `ratio_interval`, `verdict` and all `seconds`.
+
+    Args:
+        models: folders of ONNX graphs, or .onnx files.
+        against: the model that the others are compared with; None for the first.
+        shape: "BATCHxSEQUENCE", or "BATCHxSEQUENCE+PAST" for a graph with a cache.
+        adapter: .onnx_adapter files: models that take one are measured with it, too.
+        provider: where to run: "cpu", "cuda", ...
+        strict: fail if the provider cannot be had, instead of using the CPU.
+        threads: of each operator; 0 for ONNX Runtime's choice.
+        warmups: rounds that do not count.
+        repeats: rounds that count, at least 3.
+        limit: seconds for each model and shape; rounds that do not fit in are left out.
+        seed: of inputs, order and intervals.
+        vocab: token ids are below this; None for what config.json or the graph says, or 1000.
+        dim: "NAME=SIZE": size of an axis that is called so in a graph.
+        inputs: an .npz file of inputs that cannot be made up.
+        plot: draw it, too, to this .svg or .png file, which is replaced.
+
+    Raises:
+        InputError: there is no graph, weights are missing, inputs cannot be made up, or ONNX
+            Runtime refuses something.
+        MismatchError: models take other inputs than the reference.
+        OutputError: the picture cannot be written.
+        UsageError: an option's value makes no sense.
+    """
+    step = plugins.load("steps", "bench")(
+        None if against is None else str(against),
+        tuple(shape),
+        tuple(str(file) for file in adapter),
+        provider,
+        strict,
+        threads,
+        warmups,
+        repeats,
+        limit,
+        seed,
+        vocab,
+        tuple(dim),
+        None if inputs is None else str(inputs),
+        None if plot is None else str(plot),
+    )
+    report: Report = step.run([str(model) for model in models]).measure(Drain())
+    return report
 
 
 def stack(

@@ -30,7 +30,9 @@ class ExportOptions:
         True, "give decoders a cache: one graph for the prompt, one for each token"
     )
     link: bool = option(
-        False, "point the graph into merged .safetensors beside it, which transformers reads, too"
+        False,
+        "point the graph into merged .safetensors beside it, which transformers reads, too; with "
+        "--graft, bring the base's data as a hard link",
     )
     graft: str = option(
         "", "put the change onto this ONNX model of the base, without tracing", metavar="BASE.onnx"
@@ -64,7 +66,7 @@ class ExportOptions:
             )
             if asked
         ]
-        if len(forms) > 1:
+        if len(forms) > 1 and not (self.graft and self.link):
             raise UsageError(f"{' and '.join(forms)} are different forms: choose one")
         if self.max_rank < 1:
             raise UsageError(f"--max-rank {self.max_rank}: use a positive number")
@@ -91,7 +93,8 @@ class ExportJob:
         merged: the model, lazy.
         plain: the base's weights in the merged model's class.
         base: the base itself.
-        parts: the adapters that were merged, bound, with their weights.
+        parts: the adapters, bound, with their weights; in a swappable export `merged` is the base.
+        adapted: of a swappable export, the base merged with each adapter by itself.
         options: what was asked for.
     """
 
@@ -99,12 +102,8 @@ class ExportJob:
     plain: Checkpoint
     base: Checkpoint
     parts: Sequence[Part]
+    adapted: Sequence[Checkpoint]
     options: ExportOptions
-
-    @property
-    def base_model(self) -> Path | None:
-        """The ONNX model that is grafted onto, if one is."""
-        return Path(self.options.graft) if self.options.graft else None
 
 
 class Exporter(Protocol):

@@ -58,16 +58,16 @@ class Operand:
 
     Attributes:
         name: the parameter of `run`; upper-cased on the command line.
-        kind: what is opened for it; "any" for an adapter or else a checkpoint, "text" for nothing:
-            the step gets what was typed.
-        many: whether there may be several, each with a weight (`REF=0.7`).
+        kind: what is opened for it; "any" for an adapter or else a checkpoint, "text" and "path"
+            for nothing: the step gets what was typed.
+        many: whether there may be several, each with a weight (`REF=0.7`) unless they are paths.
         required: whether at least one is needed.
         flag: whether it is given as `--name REF` instead of by position.
         help: one line for `--help`, for a flag.
     """
 
     name: str
-    kind: Literal["checkpoint", "adapter", "any", "text"]
+    kind: Literal["checkpoint", "adapter", "any", "text", "path"]
     many: bool = False
     required: bool = True
     flag: bool = False

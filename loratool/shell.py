@@ -92,7 +92,7 @@ def build_shell(
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with quiet(), no_init_weights(), _parameters_on_meta():
+        with quiet(), no_init_weights(), parameters_on_meta():
             config.dtype = dtype
             if attention is not None:
                 config._attn_implementation = attention
@@ -102,12 +102,23 @@ def build_shell(
         raise InputError(f"{cls.__name__}: cannot be built: {shorten(error)}") from error
     finally:
         torch.set_default_dtype(before)
-    _replace_parameters(model)
-    return Shell(cls.__name__, model, _tied_names(model))
+    return emptied(cls.__name__, model)
+
+
+def emptied(architecture: str, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Shell:
+    """Put placeholders in the place of a module's parameters; shared ones stay shared.
+
+    Args:
+        architecture: what the model is called.
+        model: the module, changed in place.
+        dtype: that floating-point parameters and buffers are to have; None for their own.
+    """
+    _replace_parameters(model, dtype)
+    return Shell(architecture, model, _tied_names(model))
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Every parameter that is registered inside the block goes to the meta device, buffers do not.
 
     Moving them one by one as they are made never holds more than one parameter, and code that
@@ -127,18 +138,22 @@ def _parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _placeholder(like: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros((), dtype=like.dtype).expand(like.shape), False)
+def _placeholder(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
+    kind = dtype if dtype is not None and like.is_floating_point() else like.dtype
+    return torch.nn.Parameter(torch.zeros((), dtype=kind).expand(like.shape), False)
 
 
-def _replace_parameters(model: torch.nn.Module) -> None:
+def _replace_parameters(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
     """Put placeholders in the place of parameters; shared ones stay shared."""
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                made.setdefault(parameter, _placeholder(parameter))
+                made.setdefault(parameter, _placeholder(parameter, dtype))
                 module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if dtype is not None and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:

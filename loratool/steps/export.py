@@ -84,7 +84,7 @@ class Export(ExportOptions):
             )
         exporter: Exporter = plugins.create("exporters", self.exporter)
         # What is linked to is the merged model itself, in the type of the graph.
-        dtype = self.chosen_dtype if self.link else None
+        dtype = self.chosen_dtype if self.link and not self.graft else None
         merge = Merge(architecture=self.architecture, dtype=dtype)
         merged = merge.merged(base, () if self.swappable else adapters)
         if merged.config is None and not (self.graft or self.module):
@@ -93,7 +93,8 @@ class Export(ExportOptions):
                 "function that makes the model by --module"
             )
         plain = merged if self.swappable else in_class_of(merged, base, merge, adapters)
-        job = ExportJob(merged, plain, base, bind_parts(base, adapters), self)
+        each = [merge.merged(base, [adapter]) for adapter in adapters] if self.swappable else []
+        job = ExportJob(merged, plain, base, bind_parts(base, adapters), each, self)
         raise_problems(f"{base.label} cannot be exported:", exporter.check(job))
         return LazyExport(job, exporter)
 

@@ -177,8 +177,9 @@ def _decoder(
     if accepts(cls, "position_ids"):
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         made["position_ids"] = positions[:, past:]
-    if stage == "decode":
-        made["past_key_values"] = _cache(layers, sizes.batch, past, dtype, generator)
+    # A model given no cache would make one that drops what lies outside of a sliding window.
+    filled = layers if stage == "decode" else ()
+    made["past_key_values"] = _cache(filled, sizes.batch, past, dtype, generator)
     return {**made, "use_cache": True}
 
 

@@ -12,6 +12,7 @@ from loratool.in_memory import in_memory
 from loratool.shell import Shell, build_shell
 from loratool.skeleton import build_skeleton
 from loratool.sources import Sources, resolve
+from loratool_plugins.exporters.onnx.factory import check_names, make
 from loratool_plugins.exporters.onnx.fingerprints import Fingerprints, stamp
 from loratool_plugins.exporters.onnx.stages import Stage, stages_of
 
@@ -24,6 +25,7 @@ class Prepared:
         shell: the model; its parameters are fingerprints.
         tensors: the checkpoint, by the names in memory.
         sources: which of these tensors each parameter takes its values from.
+        first_names: parameter -> the tensor that it takes; tied ones all take the first's.
         prints: the fingerprints.
         stages: the graphs that the model is exported as.
     """
@@ -31,6 +33,7 @@ class Prepared:
     shell: Shell
     tensors: Checkpoint
     sources: Sources
+    first_names: Mapping[str, str]
     prints: Fingerprints
     stages: tuple[Stage, ...]
 
@@ -50,7 +53,9 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype, cache: bool, module: str
     """
     made: tuple[Stage, ...] = ()
     if module:
-        raise NotImplementedError
+        shell, stage = make(module, checkpoint.config, dtype)
+        tensors, made = checkpoint, (stage,)
+        check_names(module, shell, {name: tensor.shape for name, tensor in checkpoint.items()})
     else:
         config = checkpoint.config or {}
         shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
@@ -58,8 +63,9 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype, cache: bool, module: str
         tensors = in_memory(checkpoint, build_skeleton(config, shapes, strict=False))
     sources = resolve(tensors, shell)
     _take_integers(shell, tensors, sources)
-    prints = stamp(shell, _first_names(shell, sources))
-    return Prepared(shell, tensors, sources, prints, made or stages_of(shell, cache))
+    names = _first_names(shell, sources)
+    prints = stamp(shell, names)
+    return Prepared(shell, tensors, sources, names, prints, made or stages_of(shell, cache))
 
 
 def _first_names(shell: Shell, sources: Sources) -> Mapping[str, str]:

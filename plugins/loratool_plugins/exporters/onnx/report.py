@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from loratool.digests import file_digest
 from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
 from loratool.exporting import ExportJob
-from loratool.reports import format_bytes
+from loratool.reports import counted, format_bytes
 from loratool.sources import Sources
 from loratool_plugins.exporters.onnx.graph import Traced
-from loratool_plugins.exporters.onnx.verify import Comparison, Tolerance
 from loratool_plugins.exporters.onnx.weights import Written
 
 _FORMS = {
@@ -47,8 +46,7 @@ def describe(
         }
         for found in traced
     }
-    data_files = dict.fromkeys(block.path for block in written.blocks)
-    paths = [*(folder / f"{name}.onnx" for name in graphs), *data_files]
+    paths = [*(folder / f"{name}.onnx" for name in graphs), *written.files]
     return {
         "graphs": graphs,
         "files": {
@@ -69,28 +67,6 @@ def describe(
 def _signature(value: ir.Value) -> dict[str, Any]:
     shape = [size if isinstance(size, int) else str(size) for size in value.shape or ()]
     return {"name": value.name, "dtype": value.dtype.name if value.dtype else "", "shape": shape}
-
-
-def describe_verification(
-    providers: Sequence[str], comparisons: Sequence[Comparison], tolerance: Tolerance, seed: int
-) -> dict[str, Any]:
-    """What was compared, how, and how far apart it was."""
-    return {
-        "providers": list(providers),
-        "tolerance": tolerance.value,
-        "relative": tolerance.relative,
-        "seed": seed,
-        "inputs": [
-            {
-                "batch": found.batch,
-                "sequence": found.sequence,
-                "max_difference": dict(found.differences),
-                "allowed": {n: tolerance.limit(v) for n, v in found.largest.items()},
-                "largest_value": dict(found.largest),
-            }
-            for found in comparisons
-        ],
-    }
 
 
 def describe_run(seconds: float) -> dict[str, Any]:
@@ -117,16 +93,35 @@ def lines(data: Mapping[str, Any]) -> tuple[str, ...]:
             f"base; {_FORMS.get(graph['form'], 'fused for ' + graph['form'])}"
         )
     rows.append(f"verified with ONNX Runtime on {', '.join(found['providers'])}")
-    for entry in found["inputs"]:
-        differences = ", ".join(
-            f"{name} {difference:.1e} (allowed: {entry['allowed'][name]:.1e})"
-            for name, difference in entry["max_difference"].items()
-        )
-        rows.append(
-            f"largest difference from PyTorch on {entry['batch']} x {entry['sequence']} tokens: "
-            f"{differences}"
-        )
+    rows += _compared(found)
+    for entry in data["adapters"]:
+        low, high = entry["ranks"]
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        targets = counted(entry["targets"], "target")
+        rows.append(f"{entry['file']}: {format_bytes(entry['bytes'])}, {targets}, {rank}")
+        rows += [f"  {row}" for row in _compared(found["adapters"][entry["adapter"]])]
     return tuple(rows)
+
+
+def _compared(found: Mapping[str, Any]) -> Iterator[str]:
+    for entry in found.get("inputs", ()):
+        yield (
+            f"largest difference from PyTorch on {entry['batch']} x {entry['sequence']}: "
+            f"{_differences(entry)}"
+        )
+    for entry in found.get("generation", ()):
+        ties = f" but for {counted(len(entry['ties']), 'tie')}" if entry["ties"] else ""
+        yield (
+            f"{entry['tokens']} tokens generated after {entry['batch']} prompts of "
+            f"{entry['prompt']}: as PyTorch{ties}; largest difference: {_differences(entry)}"
+        )
+
+
+def _differences(entry: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {difference:.1e} (allowed: {entry['allowed'][name]:.1e})"
+        for name, difference in entry["max_difference"].items()
+    )
 
 
 def _signatures(entries: Sequence[Mapping[str, Any]]) -> str:

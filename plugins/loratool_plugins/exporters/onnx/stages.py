@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -53,7 +53,7 @@ class Stage:
         dynamic_shapes: the axes of each input tensor that vary, as torch.export takes them; None
             if they are to be found out (slower).
         axes: graph input -> the names of its axes that vary.
-        sizes: of `inputs`.
+        sizes: of `inputs`; None for a module of the user's own.
         layers: of the key-value cache, those of cross-attention after those of self-attention.
     """
 
@@ -62,7 +62,7 @@ class Stage:
     inputs: Mapping[str, Any]
     dynamic_shapes: Mapping[str, Any] | None
     axes: Mapping[str, Mapping[int, str]]
-    sizes: Sizes
+    sizes: Sizes | None
     layers: tuple[Layer, ...] = ()
 
     @property
@@ -108,18 +108,56 @@ def stages_of(shell: Shell, cache: bool = True) -> tuple[Stage, ...]:
     return (_stage("model", model, model, ()),)
 
 
-def sample_of(stage: Stage, model: Any, sizes: Sizes, seed: int) -> dict[str, Any]:
-    """Random inputs of a stage, in other sizes than those that it is traced with.
+def sample_of(stage: Stage, sizes: Sizes, seed: int) -> dict[str, Any]:
+    """Inputs of a stage in other sizes than those that it is traced with.
+
+    Those of a module of the user's own are what it was given, turned by `seed` places and repeated
+    along the axes that vary; everything else is random.
 
     Args:
         stage: the stage.
-        model: the transformers model that it is of.
-        sizes: of the sample; a decode step has a sequence of 1.
+        sizes: of the sample; the sequence of a decode step is 1 whatever they say.
         seed: of the values.
+
+    Returns:
+        What the stage's module takes.
     """
+    if stage.sizes is None:
+        lengths = {"batch": sizes.batch, "sequence": sizes.sequence, "source": sizes.source}
+        return {
+            name: _turned(value, stage.axes.get(name, {}), lengths, seed)
+            for name, value in stage.inputs.items()
+        }
+    model = _whole(stage)
+    if stage.name == "decode":
+        sizes = replace(sizes, sequence=1)
     return sample(
         type(model), model.config, stage.name, sizes, stage.layers, _dtype_of(model), seed
     )
+
+
+def run(stage: Stage, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What PyTorch gives for a stage, by the names of the graph's outputs.
+
+    Caches among `inputs` are grown in place.
+    """
+    with torch.inference_mode(), quiet():
+        return named_outputs(stage.module(**inputs))
+
+
+def _turned(
+    value: torch.Tensor, axes: Mapping[int, str], lengths: Mapping[str, int], seed: int
+) -> torch.Tensor:
+    for axis, meaning in axes.items():
+        size = value.shape[axis]
+        chosen = (torch.arange(lengths.get(meaning, size)) + seed) % size
+        value = value.index_select(axis, chosen)
+    return value
+
+
+def _whole(stage: Stage) -> Any:
+    """The model that a stage is of."""
+    return stage.module.whole if isinstance(stage.module, _Part) else stage.module
 
 
 def _stage(name: str, model: Any, module: torch.nn.Module, layers: tuple[Layer, ...]) -> Stage:
@@ -148,12 +186,17 @@ class _Part(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._whole = (model,)  # in a tuple, so that it does not become a module of this one
+        self._model = (model,)  # in a tuple, so that it does not become a module of this one
         self._parameters = model._parameters
         self._buffers = model._buffers
         self._modules = model._modules
         self.training = model.training
         self.config = model.config
+
+    @property
+    def whole(self) -> Any:
+        """The model that this is a part of."""
+        return self._model[0]
 
 
 class _Encoder(_Part):
@@ -161,8 +204,7 @@ class _Encoder(_Part):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """The encoder's states, (batch, source, size)."""
-        (model,) = self._whole
-        encoder: Any = model.get_encoder()  # type: ignore[operator]
+        encoder = self.whole.get_encoder()
         return {"last_hidden_state": encoder(**inputs).last_hidden_state}
 
 
@@ -176,9 +218,8 @@ class _Prefill(_Part):
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Logits, and the cache with keys and values of the encoder's states, computed once."""
-        (model,) = self._whole
         masks = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
-        found: Any = model(
+        found = self.whole(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
             decoder_input_ids=decoder_input_ids,
             use_cache=True,
@@ -197,13 +238,12 @@ class _Decode(_Part):
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Logits, and the grown part of the cache."""
-        (model,) = self._whole
         masks = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
         layer: Any = past_key_values.cross_attention_cache.layers[0]
         # The cache holds what is needed of the encoder's states; only their shape is looked at.
-        shape = (layer.keys.shape[0], layer.keys.shape[2], hidden_size(model.config))
+        shape = (layer.keys.shape[0], layer.keys.shape[2], hidden_size(self.config))
         states = layer.keys.new_zeros(1, 1, 1).expand(shape)
-        found: Any = model(
+        found = self.whole(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             decoder_input_ids=decoder_input_ids,
             past_key_values=past_key_values,
@@ -232,6 +272,7 @@ def cache_layers(shell: Shell, module: torch.nn.Module) -> tuple[Layer, ...]:
     model: Any = shell.model
     sizes = Sizes(batch=2, sequence=3, source=5)
     inputs = sample(type(model), model.config, "prefill", sizes, dtype=_dtype_of(model))
+    inputs.pop("past_key_values", None)  # the model's own cache shows of what kinds its layers are
     try:
         with (
             quiet(),

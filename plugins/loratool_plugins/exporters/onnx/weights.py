@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 
 from loratool.checkpoint import Checkpoint
-from loratool.errors import VerificationError
 from loratool.writer import tensor_bytes
 from loratool_plugins.exporters.onnx.origins import Origin, assemble
 
@@ -55,28 +54,12 @@ class Written:
     Attributes:
         blocks: every arrangement of tensors that a graph asks for, once.
         constants: how many constants of the graphs the files hold as well.
+        files: all of them.
     """
 
     blocks: tuple[Block, ...]
     constants: int
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Read the checkpoint again and compare the files with what they should hold, bit by bit.
-
-        Raises:
-            VerificationError: values are not what was written.
-        """
-        for block in self.blocks:
-            stored = np.memmap(block.path, np.uint8, "r")
-            offset = block.offset
-            for piece in assemble(block.origin, checkpoint, block.dtype):
-                data = np.frombuffer(tensor_bytes(piece), np.uint8)
-                if not np.array_equal(data, stored[offset : offset + data.size]):
-                    raise VerificationError(
-                        f"{block.path.name}: {', '.join(block.origin.keys)} is not what the "
-                        "checkpoint gives when it is read again; did an input change meanwhile?"
-                    )
-                offset += data.size
+    files: tuple[Path, ...]
 
     def in_several_layouts(self) -> dict[str, int]:
         """Tensors that were written more than once -> how many times, and the bytes that cost."""
@@ -147,7 +130,8 @@ def write_weights(
         constants = _write_constants(graphs, file, path)
     if not blocks and not constants:
         path.unlink()
-    return Written(tuple(blocks), constants)
+        return Written((), 0, ())
+    return Written(tuple(blocks), constants, (path,))
 
 
 def _align(file: IO[bytes]) -> int:
