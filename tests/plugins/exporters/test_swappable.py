@@ -366,12 +366,16 @@ def test_other_kinds_of_update_are_refused_with_the_way_out(
 ) -> None:
     base = make("llama")
     make_adapter(base, tmp_path / "dora", ["q_proj"], use_dora=True, modules_to_save=["lm_head"])
+    make_adapter(base, tmp_path / "wide", ["q_proj"], r=9)
     _, slots = swappable(base)
+    parts = [bound(base, tmp_path / name) for name in ("dora", "wide")]
 
     with pytest.raises(MismatchError) as caught:
-        write_adapters([bound(base, tmp_path / "dora")], slots, tmp_path)
+        write_adapters(parts, slots, tmp_path, max_rank=8)
 
     message = str(caught.value)
+    assert f"{tmp_path / 'wide'} cannot be switched per call:" in message
+    assert "q_proj.weight: has rank 9, --max-rank allows 8" in message
     assert "q_proj.weight: DoRA update" in message
     assert "`loratool convert --to-lora --base BASE`" in message
     assert "lm_head.weight: tensor kept whole" in message

@@ -26,7 +26,7 @@ from loratool.errors import (
     MismatchError,
     Problem,
     VerificationError,
-    raise_problems,
+    grouped,
 )
 from loratool.lowrank import balanced
 from loratool.quiet import shorten
@@ -51,8 +51,8 @@ class Swapped:
         parts: the adapters, bound to the tensors that the graphs are made of.
     """
 
-    slots: Sequence[Slot]
-    parts: Sequence[Part]
+    slots: Sequence[Slot] = ()
+    parts: Sequence[Part] = ()
 
 
 def add_slots(
@@ -74,16 +74,13 @@ def add_slots(
     """
     adapter_names(parts)
     parts = [_rebound(part, prepared.tensors) for part in parts]
-    for part in parts:
-        raise_problems(_heading(part), refusals(part, max_rank))
+    _require({part.adapter.label: refusals(part, max_rank) for part in parts})
     known = adaptable(graphs)
     targets = targets_of(parts, known) if parts else adaptable(graphs, "linear")
-    untied = prepared.sources.untied
-    tied = {
-        prepared.sources.keys[names[0]]: [name for name in names if name not in untied]
-        for names in prepared.shell.tied.values()
-    }
-    return Swapped(make_swappable(graphs, targets, tied), parts)
+    names: dict[str, list[str]] = {}
+    for name, tensor in prepared.first_names.items():
+        names.setdefault(tensor, []).append(name)
+    return Swapped(make_swappable(graphs, targets, names), parts)
 
 
 def _rebound(part: Part, tensors: Checkpoint) -> Part:
@@ -93,8 +90,14 @@ def _rebound(part: Part, tensors: Checkpoint) -> Part:
     return bind_part(part.adapter, part.weight, tensors)
 
 
-def _heading(part: Part) -> str:
-    return f"{part.adapter.label} cannot be switched per call:"
+def _require(problems: Mapping[str, Sequence[Problem]]) -> None:
+    """Raise one MismatchError of everything that is wrong with adapters, by their labels."""
+    lines = []
+    for label, found in problems.items():
+        if found:
+            lines += [f"{label} cannot be switched per call:", *(f"  {t}" for t in grouped(found))]
+    if lines:
+        raise MismatchError("\n".join(lines))
 
 
 def targets_of(parts: Sequence[Part], known: Collection[str]) -> list[str]:
@@ -213,11 +216,9 @@ def write_adapters(
         VerificationError: a file does not read back as what was written.
     """
     names = adapter_names(parts)
-    for part in parts:
-        raise_problems(
-            _heading(part),
-            [*refusals(part, max_rank), *_homeless(part, slots)],
-        )
+    _require(
+        {part.adapter.label: [*refusals(part, max_rank), *_homeless(part, slots)] for part in parts}
+    )
     return [
         write_adapter(part, slots, folder / f"{name}{ADAPTER_SUFFIX}", max_rank)
         for part, name in zip(parts, names, strict=True)
@@ -241,7 +242,8 @@ def write_adapter(
             continue
         if not isinstance(found, LowRank):
             raise InputError(f"{bound.update.origin}: {bound.update.name}: is no plain LoRA")
-        raise_problems(f"{part.adapter.label}:", _above(bound.update.name, found.rank, max_rank))
+        above = list(_above(bound.update.name, found.rank, max_rank))
+        _require({part.adapter.label: above})
         label = f"{bound.update.origin or part.adapter.label}: {bound.update.name}"
         a, b = factors(found, part.weight, slot, label)
         arrays |= {slot.a: a, slot.b: b}
