@@ -3,6 +3,10 @@
 genai runs a pipeline of graphs, each on the prompt, on the tokens after it, or on both. Its type
 "decoder-pipeline" knows no architecture: what it has to know is the names of the inputs and outputs
 and the shape of the cache. (Its types that are called after architectures run a single graph.)
+
+A pipeline generates one sequence at a time, from one prompt: genai takes any step of several tokens
+for a prompt, those of a batch and those of a second turn of a chat too, and ONNX Runtime refuses
+what comes of it.
 """
 
 from __future__ import annotations
