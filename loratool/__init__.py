@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratool.api import (
+        bench,
         compare,
         convert,
         diff,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoratoolError",
+    "bench",
     "compare",
     "convert",
     "diff",

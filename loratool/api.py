@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loratool import plugins
 from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain, save_adapter, save_checkpoint
@@ -572,6 +573,74 @@ def compare(
     return step.run(*opened, _weighted(adapters)).measure(Drain())
 
 
+def bench(
+    models: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    shape: Sequence[str] = ("1x128",),
+    adapter: Sequence[str | Path] = (),
+    provider: str = "cpu",
+    strict: bool = False,
+    threads: int = 0,
+    warmups: int = 10,
+    repeats: int = 20,
+    limit: float = 60.0,
+    seed: int = 0,
+    vocab: int | None = None,
+    dim: Sequence[str] = (),
+    inputs: str | Path | None = None,
+    plot: str | Path | None = None,
+) -> Report:
+    """How fast ONNX models run in ONNX Runtime, one beside the other, measured now.
+
+    `data["models"]` has a model each: `load_seconds`, `private_bytes`, `disk_bytes`, `own_bytes`,
+    `graphs`. `data["results"]` has a graph and shape each, with a `noise_floor` and, for every
+    model, `median`, `throughput`, `ratio`, `ratio_interval`, `verdict` and all `seconds`.
+
+    Args:
+        models: folders of ONNX graphs, or .onnx files.
+        against: the model that the others are compared with; None for the first.
+        shape: "BATCHxSEQUENCE", or "BATCHxSEQUENCE+PAST" for a graph with a cache.
+        adapter: .onnx_adapter files: models that take one are measured with it, too.
+        provider: where to run: "cpu", "cuda", ...
+        strict: fail if the provider cannot be had, instead of using the CPU.
+        threads: of each operator; 0 for ONNX Runtime's choice.
+        warmups: rounds that do not count.
+        repeats: rounds that count, at least 3.
+        limit: seconds for each model and shape; rounds that do not fit in are left out.
+        seed: of inputs, order and intervals.
+        vocab: token ids are below this; None for what config.json or the graph says, or 1000.
+        dim: "NAME=SIZE": size of an axis that is called so in a graph.
+        inputs: an .npz file of inputs that cannot be made up.
+        plot: draw it, too, to this .svg or .png file, which is replaced.
+
+    Raises:
+        InputError: there is no graph, weights are missing, inputs cannot be made up, or ONNX
+            Runtime refuses something.
+        MismatchError: models take other inputs than the reference.
+        OutputError: the picture cannot be written.
+        UsageError: an option's value makes no sense.
+    """
+    step = plugins.load("steps", "bench")(
+        None if against is None else str(against),
+        tuple(shape),
+        tuple(str(file) for file in adapter),
+        provider,
+        strict,
+        threads,
+        warmups,
+        repeats,
+        limit,
+        seed,
+        vocab,
+        tuple(dim),
+        None if inputs is None else str(inputs),
+        None if plot is None else str(plot),
+    )
+    report: Report = step.run([str(model) for model in models]).measure(Drain())
+    return report
+
+
 def stack(
     adapters: Sequence[tuple[AdapterLike, float]],
     base: CheckpointLike | None = None,
@@ -618,6 +687,18 @@ def export(
     base: CheckpointLike,
     adapters: Sequence[tuple[AdapterLike, float]] = (),
     *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    fuse: bool = True,
+    cache: bool = True,
+    link: bool = False,
+    graft: str = "",
+    name: str = "",
+    requantize: bool = False,
+    swappable: bool = False,
+    max_rank: int = 64,
+    module: str = "",
+    strict: bool = False,
     exporter: str = "onnx",
     architecture: str = "",
 ) -> LazyOnnx:
@@ -626,14 +707,31 @@ def export(
     Args:
         base: the base model.
         adapters: (adapter, weight) pairs, in any order.
-        exporter: the exporter plugin, with options ("onnx:dtype=fp16").
+        device: what it is to run on: "cpu", "cuda", "webgpu" or "dml".
+        dtype: "fp32", "fp16" or "bf16"; None for fp32 on the CPU and fp16 elsewhere.
+        fuse: use ONNX Runtime's fused operators for the device, or standard ones alone.
+        cache: give decoders a key-value cache: one graph for the prompt, one for each token.
+        link: point the graph into the merged .safetensors, written beside it.
+        graft: an ONNX model of the base that the change is put onto, without tracing.
+        name: of the grafted graph; "" for the adapters'.
+        requantize: graft onto quantized weights.
+        swappable: export the base, with the adapters beside it to switch at every request.
+        max_rank: largest rank of an adapter of a swappable export.
+        module: a function that gives any torch module, as "package.module:function".
+        strict: fail if the device cannot be used here to verify the result.
+        exporter: the exporter plugin, with options ("onnx:opset=21").
         architecture: model class or type, where config.json does not say.
 
     Raises:
         InputError: a file cannot be read, or the model's class is not known.
         MismatchError: an adapter does not fit the base; all complaints at once.
+        UsageError: options contradict each other.
     """
-    step = Export(exporter, architecture)
+    step = Export(
+        device=device, dtype=dtype, fuse=fuse, cache=cache, link=link, graft=graft, name=name,
+        requantize=requantize, swappable=swappable, max_rank=max_rank, module=module,
+        strict=strict, exporter=exporter, architecture=architecture,
+    )  # fmt: skip
     return _as(LazyOnnx, step.run(_checkpoint(base), _weighted(adapters)))
 
 

@@ -32,7 +32,6 @@ from loratool.errors import PluginError, Problem, UsageError
 from loratool.linalg import Factorizer, RankPolicy
 from loratool.publication import Publication, Published, Publishing
 from loratool.refs import Ref
-from loratool.reports import Report
 from loratool.updates import Kind, LowRank, Update
 
 if TYPE_CHECKING:
@@ -59,16 +58,16 @@ class Operand:
 
     Attributes:
         name: the parameter of `run`; upper-cased on the command line.
-        kind: what is opened for it; "any" for an adapter or else a checkpoint, "text" for nothing:
-            the step gets what was typed.
-        many: whether there may be several, each with a weight (`REF=0.7`).
+        kind: what is opened for it; "any" for an adapter or else a checkpoint, "text" and "path"
+            for nothing: the step gets what was typed.
+        many: whether there may be several, each with a weight (`REF=0.7`) unless they are paths.
         required: whether at least one is needed.
         flag: whether it is given as `--name REF` instead of by position.
         help: one line for `--help`, for a flag.
     """
 
     name: str
-    kind: Literal["checkpoint", "adapter", "any", "text"]
+    kind: Literal["checkpoint", "adapter", "any", "text", "path"]
     many: bool = False
     required: bool = True
     flag: bool = False
@@ -207,23 +206,6 @@ class Combiner(Protocol):
 
         Returns:
             Factors in fp32 or fp64 with a certificate of what was lost against the combination.
-        """
-        ...
-
-
-class Exporter(Protocol):
-    """A way to turn a merged checkpoint into something that runs."""
-
-    def check(self, checkpoint: Checkpoint) -> list[Problem]:
-        """What stands in the way, by headers only."""
-        ...
-
-    def export(
-        self, merged: Checkpoint, base: Checkpoint, dest: Path, progress: Callable[[str], None]
-    ) -> Report:
-        """Write the model into the empty folder `dest` and verify it.
-
-        Raises VerificationError if the result does not do what the checkpoint does.
         """
         ...
 

@@ -105,14 +105,15 @@ def build_shell(
     return emptied(cls.__name__, model)
 
 
-def emptied(architecture: str, model: torch.nn.Module) -> Shell:
+def emptied(architecture: str, model: torch.nn.Module, dtype: torch.dtype | None = None) -> Shell:
     """Put placeholders in the place of a module's parameters; shared ones stay shared.
 
     Args:
         architecture: what the model is called.
         model: the module, changed in place.
+        dtype: that floating-point parameters and buffers are to have; None for their own.
     """
-    _replace_parameters(model)
+    _replace_parameters(model, dtype)
     return Shell(architecture, model, _tied_names(model))
 
 
@@ -137,18 +138,22 @@ def parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _placeholder(like: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros((), dtype=like.dtype).expand(like.shape), False)
+def _placeholder(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
+    kind = dtype if dtype is not None and like.is_floating_point() else like.dtype
+    return torch.nn.Parameter(torch.zeros((), dtype=kind).expand(like.shape), False)
 
 
-def _replace_parameters(model: torch.nn.Module) -> None:
+def _replace_parameters(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
     """Put placeholders in the place of parameters; shared ones stay shared."""
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                made.setdefault(parameter, _placeholder(parameter))
+                made.setdefault(parameter, _placeholder(parameter, dtype))
                 module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if dtype is not None and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:

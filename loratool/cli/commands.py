@@ -77,6 +77,7 @@ def _may_lack(cls: type[Step], operand: Operand) -> bool:
 
 def _operand(operand: Operand, may_lack: bool) -> click.Parameter:
     required = operand.required and not may_lack
+    several = ("..." if operand.kind == "path" else "[=WEIGHT]...") * operand.many
     if operand.flag:
         return click.Option(
             [f"--{operand.name}"],
@@ -88,7 +89,7 @@ def _operand(operand: Operand, may_lack: bool) -> click.Parameter:
                 or f"the {operand.name} {operand.kind}" + may_lack * " (default: the one it names)"
             ),
         )
-    label = operand.name.removesuffix("s").upper() + "[=WEIGHT]..." * operand.many
+    label = operand.name.removesuffix("s").upper() + several
     return click.Argument(
         [operand.name],
         nargs=-1 if operand.many else 1,
@@ -221,6 +222,8 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
 
 def _refs(operand: Operand, value: Any) -> list[tuple[str, float]]:
     """What was given for an operand: references with weights."""
+    if operand.many and operand.kind == "path":
+        return [(text, 1.0) for text in value]
     if operand.many:
         return [parse_weighted(text) for text in value]
     return [] if value is None else [(value, 1.0)]
@@ -241,8 +244,9 @@ def _check_place(target: Path, overwrite: bool, refs: list[tuple[str, float]]) -
 def _open(operand: Operand, refs: list[tuple[str, float]]) -> Any:
     from loratool.opening import Located, open_adapter, open_any, open_checkpoint
 
-    if operand.kind == "text":
-        return refs[0][0] if refs else None
+    if operand.kind in ("text", "path"):
+        typed = [text for text, _ in refs]
+        return typed if operand.many else next(iter(typed), None)
     openers: dict[str, Callable[[Located], Any]] = {
         "checkpoint": open_checkpoint, "adapter": open_adapter, "any": open_any,
     }  # fmt: skip
@@ -301,9 +305,9 @@ def _measure(result: Any, values: Mapping[str, Any], bar: ProgressBar) -> Report
 
     for note in result.notes:
         print_error(note, "Note")
-    report: Report = result.measure(
-        Drain(values.get("executor", "serial"), start=bar.start, progress=bar.advance)
-    )
+    executor = values.get("executor", "serial")
+    drain = Drain(executor, start=bar.start, progress=bar.advance, count=bar.count)
+    report: Report = result.measure(drain)
     return report
 
 

@@ -12,11 +12,12 @@ from loratool.adapter import Adapter
 from loratool.checkpoint import Checkpoint
 from loratool.engine import Drain
 from loratool.errors import InputError, raise_problems
+from loratool.exporting import Exporter, ExportJob, ExportOptions
 from loratool.places import atomic_directory
-from loratool.plugins import Exporter, Operand, option
+from loratool.plugins import Operand, option
 from loratool.reports import Report
 from loratool.skeleton import is_diffusers
-from loratool.steps.merge import Merge, MergedCheckpoint
+from loratool.steps.merge import Merge, MergedCheckpoint, bind_parts
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,11 @@ class LazyExport:
     """An export that is done when it is written.
 
     Attributes:
-        merged: the model to export.
-        base: the base's weights in the merged model's class.
+        job: what to export.
         exporter: the plugin that does it.
     """
 
-    merged: Checkpoint
-    base: Checkpoint
+    job: ExportJob
     exporter: Exporter
 
     def write(self, target: Path, drain: Drain) -> Report:
@@ -41,20 +40,24 @@ class LazyExport:
             VerificationError: the result does not do what PyTorch does.
             OutputError: the output place is taken or too small.
         """
-        # fp32 is the widest that an export writes; verification needs no disk.
-        needed = sum(tensor.numel * 4 for tensor in self.merged.values())
-        with atomic_directory(target, drain.overwrite, needed) as folder:
-            drain.start("Exporting", 0)
-            report = self.exporter.export(
-                self.merged, self.base, folder, lambda text: drain.progress(text, 0)
-            )
-        title = f"Exported {target}"
-        notes = (*self.merged.notes, *report.notes)
-        return Report(title, report.data, report.lines, report.table, notes, report.status)
+        drain.start("Exporting", 0)
+
+        def tell(text: str) -> None:
+            drain.progress(text, 0)
+
+        if self.job.options.graft:
+            report = self.exporter.graft(self.job, target, drain.overwrite, tell)
+        else:
+            size = {"fp32": 4}.get(self.job.options.chosen_dtype, 2)
+            needed = sum(tensor.numel * size for tensor in self.job.merged.values())
+            with atomic_directory(target, drain.overwrite, needed) as folder:
+                report = self.exporter.export(self.job, folder, tell)
+        notes = (*self.job.merged.notes, *report.notes)
+        return replace(report, title=f"Exported {target}", notes=notes)
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(ExportOptions):
     """Write a merged model as ONNX, and prove that it answers as PyTorch does."""
 
     operands: ClassVar[tuple[Operand, ...]] = (
@@ -65,7 +68,7 @@ class Export:
     names_base: ClassVar[bool] = True
     has_tasks: ClassVar[bool] = False
 
-    exporter: str = option("onnx", "how to export, with options: onnx:dtype=fp16", kind="exporters")
+    exporter: str = option("onnx", "how to export, with options: onnx:opset=21", kind="exporters")
     architecture: str = option("", "model class or type, where config.json does not say")
 
     def run(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]] = ()) -> LazyExport:
@@ -80,13 +83,20 @@ class Export:
                 f"{base.label}: is a diffusers model: only models of transformers can be exported"
             )
         exporter: Exporter = plugins.create("exporters", self.exporter)
-        merge = Merge(architecture=self.architecture)
-        merged = merge.merged(base, adapters)
-        if merged.config is None:
-            raise InputError(f"{base.label}: has no config.json: name its class by --architecture")
-        plain = in_class_of(merged, base, merge, adapters)
-        raise_problems(f"{base.label} cannot be exported:", exporter.check(merged))
-        return LazyExport(merged, plain, exporter)
+        # What is linked to is the merged model itself, in the type of the graph.
+        dtype = self.chosen_dtype if self.link and not self.graft else None
+        merge = Merge(architecture=self.architecture, dtype=dtype)
+        merged = merge.merged(base, () if self.swappable else adapters)
+        if merged.config is None and not (self.graft or self.module):
+            raise InputError(
+                f"{base.label}: has no config.json: name its class by --architecture, or a "
+                "function that makes the model by --module"
+            )
+        plain = merged if self.swappable else in_class_of(merged, base, merge, adapters)
+        each = [merge.merged(base, [adapter]) for adapter in adapters] if self.swappable else []
+        job = ExportJob(merged, plain, base, bind_parts(base, adapters), each, self)
+        raise_problems(f"{base.label} cannot be exported:", exporter.check(job))
+        return LazyExport(job, exporter)
 
 
 def in_class_of(

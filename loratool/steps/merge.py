@@ -178,7 +178,7 @@ class Merge:
         """
         if not self.requantize:
             return self.merged(base, adapters)
-        parts = _bind(base, adapters)
+        parts = bind_parts(base, adapters)
         # Quantized anew are the sums as they are, not rounded to anything in between.
         applied = apply_parts(replace(base, quantized={}), parts, None, self._rounding, False)
         return requantized(base, parts, applied, self.force)
@@ -189,7 +189,7 @@ class Merge:
         """The merged model in plain values; errors as `run`."""
         dtype = parse_float_dtype(self.dtype) if self.dtype else None
         limit = parse_size(self.max_shard_size) if self.max_shard_size else None
-        parts = _bind(base, adapters)
+        parts = bind_parts(base, adapters)
         # What is to be restored keeps all bits of dequantized values.
         source = replace(base, quantized={}) if self.reversible else base
         applied = apply_parts(source, parts, dtype, self._rounding, self.reversible)
@@ -288,7 +288,12 @@ def _with_dtype(
     return {name: Checkpoint({}).with_config(changed).side_files["config.json"]}
 
 
-def _bind(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> list[Part]:
+def bind_parts(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> list[Part]:
+    """Bind every adapter whose weight is not 0.
+
+    Raises:
+        MismatchError: an adapter does not fit, or is given twice.
+    """
     merged = [(adapter, weight) for adapter, weight in adapters if weight != 0]
     require_distinct([adapter for adapter, _ in merged])
     return [bind_part(adapter, weight, base) for adapter, weight in merged]

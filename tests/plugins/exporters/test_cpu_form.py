@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from loratool.errors import VerificationError
 from loratool_plugins.exporters.onnx.cpu_form import NORMS_APART, WIDENED, cpu_form
 from loratool_plugins.exporters.onnx.sessions import open_bounded, open_session, remark
-from tests.plugins.exporters.onnx_graphs import FEED, chain, save
+from tests.plugins.exporters.verified_graphs import FEED, chain, save
 
 HEADS, SIZE = 2, 8
 WIDTH = HEADS * SIZE

@@ -2,195 +2,299 @@
 
 from __future__ import annotations
 
-import os
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-import onnx
 import onnx_ir as ir
 import torch
 
+from loratool import plugins
 from loratool.checkpoint import Checkpoint
 from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import single_threaded_tasks
-from loratool.errors import InputError, Problem, UsageError, raise_problems
-from loratool.json_files import MANIFEST, manifest
+from loratool.errors import InputError, Problem, UsageError, VerificationError, raise_problems
+from loratool.exporting import ExportJob, ExportOptions
+from loratool.json_files import MANIFEST, manifest, parse_json
 from loratool.plugins import option
 from loratool.reports import Report
-from loratool.shell import Shell, build_shell, load_class
-from loratool.sources import Sources, resolve
+from loratool.shell import load_class
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters.onnx import report
-from loratool_plugins.exporters.onnx.graph import compare_nodes, describe_nodes, trace
-from loratool_plugins.exporters.onnx.inputs import input_names
-from loratool_plugins.exporters.onnx.verify import Tolerance, verify
-from loratool_plugins.exporters.onnx.weights import Written, write_weights
+from loratool_plugins.exporters.onnx.adapter_file import targets_of, write_adapters
+from loratool_plugins.exporters.onnx.comparing import TOLERANCES
+from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
+from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
+from loratool_plugins.exporters.onnx.grafts import graph_name
+from loratool_plugins.exporters.onnx.graph import Form, Traced, count_operators, trace
+from loratool_plugins.exporters.onnx.linking import link_weights
+from loratool_plugins.exporters.onnx.preparation import Prepared, prepare
+from loratool_plugins.exporters.onnx.swappable import Slot, adaptable, make_swappable
+from loratool_plugins.exporters.onnx.verify import verify_export
+from loratool_plugins.exporters.onnx.weights import Block, Graph, Written, write_weights
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-_OWN_FILES = {MODEL_FILE, DATA_FILE, MANIFEST}
-_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_READABLE = {FLOAT_NAMES[name] for name in ("fp64", "fp32", "fp16", "bf16")}
-_DEFAULT_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
-
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_IR_TYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
 # The end of a class name -> what pipelines call its task.
 _TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
     "ForPreTraining": "pretraining",
     "ForNextSentencePrediction": "next-sentence-prediction",
     "Model": "feature-extraction",
 }
+_READABLE = {FLOAT_NAMES[name] for name in ("fp64", "fp32", "fp16", "bf16")}
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Onnx:
-    """An ONNX model for ONNX Runtime, with dynamic batch and sequence axes.
+    """ONNX models for ONNX Runtime, with dynamic axes.
 
-    Encoders with their task's head, and decoders as one forward pass without a cache. Weights lie
-    in `model.onnx.data`, beside a small graph. What was saved is run beside PyTorch, and the graph
-    is compared with the base model's: a merged adapter must not cost a single node. Writing holds a
-    few blocks of the weights; verifying loads the model twice, one after the other.
+    Encoders of texts, images and sounds with their task's head; decoders as a graph that reads a
+    prompt and one that adds a token, with a key-value cache; encoder-decoders. Weights lie in one
+    `model.onnx.data`, beside small graphs. What was saved is run beside PyTorch, and a merged
+    adapter must not cost a single node. A few of the largest tensors are held at a time.
     """
 
-    dtype: Literal["fp32", "fp16"] = option(
-        "fp32",
-        "type of the weights; ONNX Runtime runs no bf16 on the CPU",
-        choices=("fp32", "fp16"),
-    )
     opset: int = option(20, "version of the ONNX operators, from 18")
     tolerance: float = option(
         0.0,
         "largest difference from PyTorch: absolute for fp32 (growing with values beyond 10), a "
-        "share of the largest value for fp16; 0 for 1e-4 and 2e-2",
+        "share of the largest value for fp16 and bf16; 0 for 1e-4, 2e-2 and 8e-2",
     )
     seed: int = option(0, "seed of the random inputs that the result is verified on")
 
     def __post_init__(self) -> None:
-        if self.dtype not in _TYPES:
-            raise UsageError(f"dtype {self.dtype!r}: use one of {', '.join(_TYPES)}")
         if self.opset < 18:
             raise UsageError(f"opset {self.opset}: use 18 or a later one")
         if not 0 <= self.tolerance < float("inf"):
             raise UsageError(f"tolerance {self.tolerance}: use a positive number, or 0")
 
-    def check(self, checkpoint: Checkpoint) -> list[Problem]:
+    def check(self, job: ExportJob) -> list[Problem]:
         """What stands in the way of an export, by config and headers only."""
-        config = checkpoint.config
-        if config is None:
-            return [_error("config.json", "is missing, so the model's class is not known")]
-        try:
-            cls, loaded = load_class(config)
-        except InputError as error:
-            name, _, message = str(error).partition(": ")
-            return [_error(name, message)]
-        problems = []
-        if config.get("quantization_config"):
+        checkpoint = job.merged
+        problems: list[Problem] = []
+        if not (job.options.graft or job.options.module):
+            if checkpoint.config is None:
+                return [_error("config.json", "is missing, so the model's class is not known")]
+            try:
+                load_class(checkpoint.config)
+            except InputError as error:
+                name, _, message = str(error).partition(": ")
+                return [_error(name, message)]
+        if (checkpoint.config or {}).get("quantization_config"):
             problems.append(_error("quantization_config", "export the unquantized model"))
-        if _task(cls.__name__) is None or loaded.is_encoder_decoder:
-            problems.append(
-                _error(
-                    "architectures",
-                    f"{cls.__name__}: only encoders and decoders are exported, with heads "
-                    f"{', '.join(_TASKS)}",
-                )
-            )
-        elif input_names(cls, loaded)[:2] != ("input_ids", "attention_mask"):
-            problems.append(_error("architectures", f"{cls.__name__}: does not read text"))
         for name, tensor in checkpoint.items():
             if tensor.dtype not in _READABLE and name.endswith((".weight", ".bias")):
                 found = _error(name, "dequantize it first", "a float type", tensor.dtype)
                 return [*problems, found]
         return problems
 
-    def export(
-        self, merged: Checkpoint, base: Checkpoint, dest: Path, progress: Callable[[str], None]
-    ) -> Report:
-        """Write `merged` into the empty folder `dest` and verify what was written.
-
-        Args:
-            merged: the model, lazy; read once to be written and once to be verified.
-            base: the base's weights in the merged model's class, for its graph.
-            dest: an existing, empty directory.
-            progress: is told what is done next.
+    def export(self, job: ExportJob, dest: Path, progress: Progress) -> Report:
+        """Write a model into the empty folder `dest` and verify what was written.
 
         Raises:
             InputError: the model cannot be exported, or a tensor is missing or of another shape.
-            VerificationError: the result is not what PyTorch computes, or its graph not the base's.
+            VerificationError: the result is not what PyTorch computes, or its graph does more than
+                the base's.
         """
         started = time.monotonic()
-        raise_problems(f"{merged.label}: cannot be exported to ONNX", self.check(merged))
-        write_side_files(_foreign_files(merged), dest)
-        progress("tracing the merged model")
-        model, shell, sources, written = self._write(merged, dest, progress)
-        progress("tracing the base")
-        nodes, base_nodes = describe_nodes(model, shell.tied), self._base_nodes(base)
-        compare_nodes(nodes, base_nodes)
+        options = job.options
+        raise_problems(f"{job.merged.label}: cannot be exported to ONNX", self.check(job))
+        prepared = prepare(job.merged, _TYPES[options.chosen_dtype], options.cache, options.module)
+        traced = self._trace(prepared, options, progress)
+        graphs = [found.graph for found in traced]
+        slots = make_graphs_swappable(graphs, prepared, job) if options.swappable else []
+        with single_threaded_tasks():
+            written = _write(job.merged, prepared, graphs, options, dest, progress)
+            adapters = write_adapters(
+                job.parts, slots, _IR_TYPES[options.chosen_dtype], dest, options.max_rank
+            )
+        for graph in graphs:
+            ir.save(graph.model, dest / f"{graph.name}.onnx")
+        genai = _write_genai(job, prepared, dest)
+        operators = self._compare_with_base(job, prepared, traced, progress)
         progress("comparing with PyTorch")
-        tolerance = Tolerance(
-            self.tolerance or _DEFAULT_TOLERANCE[self.dtype], relative=self.dtype == "fp16"
-        )
-        providers, comparisons = verify(dest / MODEL_FILE, written, merged, self.seed, tolerance)
-        files = [dest / MODEL_FILE, dest / DATA_FILE]
+        tolerance = TOLERANCES[options.chosen_dtype]
+        if self.tolerance:
+            tolerance = replace(tolerance, value=self.tolerance)
+        files = {entry["adapter"]: dest / entry["file"] for entry in adapters}
+        found = verify_export(job, prepared, dest, written, tolerance, self.seed, files)
         data = {
             "loratool": version("loratool"),
             "kind": "onnx",
-            "architecture": shell.architecture,
-            "task": _task(shell.architecture),
-            "dtype": self.dtype,
+            "architecture": prepared.shell.architecture,
+            "task": task_of(prepared.shell.architecture),
+            "device": options.device,
+            "dtype": options.chosen_dtype,
             "opset": self.opset,
-            **report.describe(model, files, sources, written),
-            "nodes": {"merged": len(nodes), "base": len(base_nodes), "equal": True},
-            "verification": report.describe_verification(
-                providers, comparisons, tolerance, self.seed
-            ),
+            "linked": options.link,
+            "genai": genai,
+            **report.describe(traced, operators, prepared.sources, written, dest),
+            "adapters": adapters,
+            "verification": dict(found.data),
             "run": report.describe_run(time.monotonic() - started),
         }
         write_file(dest / MANIFEST, manifest(data))
-        _sync(dest)
         return Report(
-            f"Exported {shell.architecture} to ONNX",
+            f"Exported {prepared.shell.architecture} to ONNX",
             data,
             report.lines(data),
-            notes=report.notes(merged, self.dtype, sources),
+            notes=(*report.notes(job, prepared.sources, traced, written), *found.notes),
         )
 
-    def _write(
-        self, merged: Checkpoint, dest: Path, progress: Callable[[str], None]
-    ) -> tuple[ir.Model, Shell, Sources, Written]:
-        """Trace the model and write graph and weights."""
-        shell = build_shell(merged.config or {}, _TYPES[self.dtype])
-        sources = resolve(merged, shell)
-        model = trace(shell, self.opset)
+    def graft(self, job: ExportJob, target: Path, overwrite: bool, progress: Progress) -> Report:
+        """Put the merged weights onto an ONNX model of the base, in `target`.
 
-        def tell(name: str) -> None:
-            progress(f"writing {name}")
+        Nothing is traced or run by PyTorch: the graph is the base's, and every value that changes
+        is compared with the merged checkpoint's, bit by bit.
 
+        Raises:
+            InputError: the ONNX file is damaged.
+            MismatchError: it is of another base, or lacks what the adapters change.
+            OutputError: `target` holds something else than grafts of this base.
+        """
+        options = job.options
+        raise_problems(f"{job.merged.label}: cannot be exported to ONNX", self.check(job))
+        labels = [part.adapter.label for part in job.parts]
+        executor = plugins.create("executors", "threads")
+        progress("matching")
         with single_threaded_tasks():
-            written = write_weights(model.graph, merged, shell, sources, dest / DATA_FILE, tell)
-        ir.save(model, dest / MODEL_FILE)
-        return model, shell, sources, written
+            graft = plan_graft(Path(options.graft), job.base, job.merged)
+            return write_graft(
+                graft,
+                target,
+                options.name or graph_name(labels),
+                executor,
+                lambda name: progress(f"writing {name}"),
+                overwrite,
+                options.link,
+                {"adapters": [{"adapter": p.adapter.label, "weight": p.weight} for p in job.parts]},
+            )
 
-    def _base_nodes(self, base: Checkpoint) -> list[onnx.NodeProto]:
-        shell = build_shell(base.config or {}, _TYPES[self.dtype])
-        resolve(base, shell)
-        return describe_nodes(trace(shell, self.opset), shell.tied)
+    def _trace(
+        self, prepared: Prepared, options: ExportOptions, progress: Progress
+    ) -> list[Traced]:
+        form: Form = "as traced" if options.link else "standard"
+        if options.fuse and not options.link:
+            form = options.device  # type: ignore[assignment]  # one of the same names
+        traced = []
+        for stage in prepared.stages:
+            progress("tracing" if stage.name == "model" else f"tracing {stage.name}")
+            traced.append(trace(prepared.shell, stage, prepared.prints, form, self.opset))
+        return traced
+
+    def _compare_with_base(
+        self, job: ExportJob, prepared: Prepared, traced: list[Traced], progress: Progress
+    ) -> dict[str, dict[str, dict[str, int]]]:
+        """Count the operators of every graph and of the same graph of the base.
+
+        A graph is traced without weights, from the config alone, so that a merged model's is the
+        base's own unless an adapter has changed which parameters are tied: only then is the base's
+        traced, too.
+
+        Raises:
+            VerificationError: a graph of the merged model has more of an operator than the base's.
+        """
+        base = prepare(
+            job.plain, _TYPES[job.options.chosen_dtype], job.options.cache, job.options.module
+        )
+        merged = {found.graph.name: count_operators(found.graph.model) for found in traced}
+        before = merged
+        if base.sources.untied != prepared.sources.untied:
+            again = self._trace(base, job.options, progress)
+            before = {found.graph.name: count_operators(found.graph.model) for found in again}
+        for name, counts in merged.items():
+            for operator, count in counts.items():
+                if count > before[name].get(operator, 0):
+                    raise VerificationError(
+                        f"{name}.onnx: the merged model has {count} nodes {operator}, the base "
+                        f"{before[name].get(operator, 0)}: merging must not cost any"
+                    )
+        return {"merged": merged, "base": before}
+
+
+def _write(
+    merged: Checkpoint,
+    prepared: Prepared,
+    graphs: Sequence[Graph],
+    options: ExportOptions,
+    dest: Path,
+    progress: Progress,
+) -> Written:
+    """Write the weights and the model's other files."""
+    linked: tuple[Block, ...] = ()
+    if options.link:
+        model = replace(merged, side_files=_foreign_files(merged))
+        linked = link_weights(graphs, model, prepared.tensors, dest, progress)
+    else:
+        write_side_files(_foreign_files(merged), dest)
+    written = write_weights(
+        graphs, prepared.tensors, dest / DATA_FILE, lambda name: progress(f"writing {name}")
+    )
+    files = dict.fromkeys((*(block.path for block in linked), *written.files))
+    return replace(written, blocks=(*linked, *written.blocks), files=tuple(files))
+
+
+def make_graphs_swappable(
+    graphs: Sequence[Graph], prepared: Prepared, job: ExportJob
+) -> list[Slot]:
+    """Give all graphs the same optional inputs: for what the adapters change, or for everything.
+
+    Raises:
+        MismatchError: an adapter changes what no factors can be added to.
+    """
+    aliases: dict[str, list[str]] = {}
+    for name, key in prepared.first_names.items():
+        aliases.setdefault(key, []).append(name)
+    slots: dict[Slot, None] = {}
+    for graph in graphs:
+        known = {key for origin in graph.origins.values() for key in origin.keys}
+        targets = targets_of(job.parts, known) or adaptable(graph.model, graph.origins)
+        # An encoder or a decoder alone has but some of them.
+        here = [name for name in targets if name in known or len(graphs) == 1]
+        slots |= dict.fromkeys(make_swappable(graph.model, graph.origins, here, aliases))
+    return list(slots)
+
+
+def _write_genai(job: ExportJob, prepared: Prepared, dest: Path) -> dict[str, str]:
+    """Let onnxruntime-genai run the graphs, if it can: what file says so, or why it cannot."""
+    if reason := objection(prepared.stages):
+        return {"objection": reason}
+    stated = job.merged.side_files.get("generation_config.json")
+    generation = None
+    if stated is not None:
+        raw = stated if isinstance(stated, bytes) else stated.read_bytes()
+        generation = parse_json(raw, "generation_config.json")
+    content = genai_config(job.merged.config or {}, generation, prepared.stages, job.options.device)
+    write_file(dest / GENAI_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    return {"file": GENAI_FILE}
+
+
+def task_of(architecture: str) -> str | None:
+    """What pipelines call the task of a model class; None if it has no such name."""
+    return next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
 
 
 def _error(name: str, message: str, expected: str = "", found: str = "") -> Problem:
     return Problem("error", name, message, expected, found)
-
-
-def _task(architecture: str) -> str | None:
-    return next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
 
 
 def _foreign_files(merged: Checkpoint) -> dict[str, Path | bytes]:
@@ -198,15 +302,6 @@ def _foreign_files(merged: Checkpoint) -> dict[str, Path | bytes]:
     return {
         name: content
         for name, content in merged.side_files.items()
-        if str(PurePosixPath(name)) not in _OWN_FILES
+        if str(PurePosixPath(name)) not in (DATA_FILE, MANIFEST, GENAI_FILE)
+        and PurePosixPath(name).suffix != ".onnx"
     }
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk hold everything in a folder before it is renamed into place."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from loratool.checkpoint import Checkpoint
 from loratool.errors import InputError
 from loratool.quiet import quiet, shorten
 from loratool.shell import Shell, emptied, parameters_on_meta
@@ -65,7 +66,9 @@ def find_function(name: str) -> Callable[[Any], Any]:
     return function
 
 
-def make(name: str, config: Mapping[str, Any] | None) -> tuple[Shell, Stage]:
+def make(
+    name: str, config: Mapping[str, Any] | None, dtype: torch.dtype = torch.float32
+) -> tuple[Shell, Stage]:
     """Call a factory for a module without weights, and for how it is traced.
 
     Parameters are dropped one by one as they are made; buffers keep their values.
@@ -73,6 +76,7 @@ def make(name: str, config: Mapping[str, Any] | None) -> tuple[Shell, Stage]:
     Args:
         name: of the factory, as `package.module:function`.
         config: the parsed config.json of the checkpoint, if there is one.
+        dtype: of the parameters and of all inputs and buffers that are floating-point numbers.
 
     Raises:
         InputError: the function cannot be found or fails, or what it returns cannot be used.
@@ -87,8 +91,8 @@ def make(name: str, config: Mapping[str, Any] | None) -> tuple[Shell, Stage]:
     refuse_adapters(name, module)
     if lost := [label for label, value in module.named_buffers() if value.is_meta]:
         raise InputError(f"{name}: buffer {lost[0]} has no values; make it on the CPU")
-    shell = emptied(type(module).__name__, module.eval())
-    inputs = _cast(inputs)
+    shell = emptied(type(module).__name__, module.eval(), dtype)
+    inputs = _cast(inputs, dtype)
     symbols: dict[str, Any] = {}
     for meanings in axes.values():
         for meaning in meanings.values():
@@ -98,6 +102,21 @@ def make(name: str, config: Mapping[str, Any] | None) -> tuple[Shell, Stage]:
         for argument in inputs
     }
     return shell, Stage("model", module, inputs, shapes, axes, None)
+
+
+def filled(name: str, checkpoint: Checkpoint) -> torch.nn.Module:
+    """A factory's module with a checkpoint's values, in fp32; all of it is held.
+
+    Args:
+        name: of the factory, as `package.module:function`.
+        checkpoint: its tensors' names are those of the module's state_dict.
+    """
+    with quiet():
+        config = checkpoint.config
+        module: torch.nn.Module = find_function(name)(None if config is None else dict(config))[0]
+    values = {key: tensor.read() for key, tensor in checkpoint.items()}
+    module.load_state_dict(values, strict=False, assign=True)
+    return module.float().eval()
 
 
 def refuse_adapters(label: str, module: torch.nn.Module) -> None:
@@ -237,9 +256,11 @@ def _checked(
     return {key: dict(meanings) for key, meanings in axes.items()}
 
 
-def _cast(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _cast(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {
-        key: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach()
+        key: (torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach()).to(
+            dtype if value.is_floating_point() else value.dtype
+        )
         for key, value in inputs.items()
     }
 

@@ -1,75 +1,155 @@
-"""A model's ONNX graph, traced without its weights.
+"""A model's ONNX graphs, traced without its weights.
 
-Nothing is optimised, so that every parameter stays in the graph under its own name and the weights
-can be streamed in afterwards; ONNX Runtime optimises when it loads.
+Every parameter is a fingerprint while a graph is traced, so that the exporter may optimise, rename
+and pack; afterwards each initializer tells which tensors it is made of.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import onnx
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-from loratool.errors import InputError, VerificationError
+from loratool.errors import InputError
 from loratool.quiet import quiet, shorten
-from loratool.shell import Shell, position_limit
-from loratool_plugins.exporters.onnx.inputs import Feeds, sample_inputs
+from loratool.shell import Shell
+from loratool_plugins.exporters.onnx.fingerprints import Fingerprints, lazily
+from loratool_plugins.exporters.onnx.stages import WAY_OUT, Stage, name_graph
+from loratool_plugins.exporters.onnx.weights import Graph
 
-AXES = ("batch", "sequence")
-# A size that is not the size of anything else in a model is less likely to be taken for it.
-_TRACED_SHAPE = (2, 11)
+# "as traced" keeps weights as they lie in the checkpoint; "standard" optimises with the operators
+# of the ONNX standard alone; the others fuse for one of ONNX Runtime's execution providers.
+Form = Literal["as traced", "standard", "cpu", "cuda", "webgpu", "dml"]
 
 
-def trace(shell: Shell, opset: int) -> ir.Model:
-    """Trace a model with dynamic batch and sequence axes.
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what had to be done otherwise than asked.
 
-    Returns:
-        A graph whose initializers are parameters by their names in the model, which have no values
-        yet, and constants, which do. Nothing in it depends on this machine or run.
+    Attributes:
+        graph: with a fingerprint in the place of every weight.
+        form: that it has.
+        reason: why that is not the form that was asked for; "" if it is.
+    """
+
+    graph: Graph
+    form: Form
+    reason: str = ""
+
+
+def trace(shell: Shell, stage: Stage, prints: Fingerprints, form: Form, opset: int) -> Traced:
+    """Trace one graph of a model whose parameters are fingerprints.
+
+    Nothing in it depends on this machine or run. Where an optimiser computes with weights (as in
+    folding a batch norm into a convolution), which only can be done when they are there, the graph
+    stays as it was traced.
+
+    Args:
+        shell: the model.
+        stage: which of its graphs.
+        prints: as `stamp` put them into `shell`.
+        form: of the graph.
+        opset: version of the ONNX operators.
 
     Raises:
-        InputError: transformers cannot export this class, or only with fixed axes.
+        InputError: transformers cannot export it.
     """
-    config: Any = shell.model.config
-    feeds = sample_inputs(type(shell.model), config, *_TRACED_SHAPE)
-    # One symbol for all batch axes and one for all sequence axes: faster than Dim.AUTO, and fewer
-    # nodes. Models whose axes are related in a way that this cannot state are left to Dim.AUTO.
-    named = {
-        0: torch.export.Dim(AXES[0]),
-        1: torch.export.Dim(AXES[1], max=position_limit(config)),
-    }
-    auto = dict.fromkeys(named, torch.export.Dim.AUTO)
+    used: set[str] = set()
+    model = _export(shell, stage, prints, form, opset, used)
+    graph = _graph(stage, prints, model)
+    known = {key for origin in graph.origins.values() for key in origin.keys}
+    if form != "as traced" and (lost := sorted(used - known)):
+        reason = f"its optimiser computes with {lost[0]}, whose values it does not have"
+        model = _export(shell, stage, prints, "as traced", opset, used)
+        return Traced(_graph(stage, prints, model), "as traced", reason)
+    return Traced(graph, form)
+
+
+def _graph(stage: Stage, prints: Fingerprints, model: ir.Model) -> Graph:
+    _strip(model)
+    name_graph(model, stage)
+    origins = {}
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        if (origin := prints.identify(value.const_value.numpy())) is not None:
+            origins[name] = origin
+    return Graph(stage.name, model, origins)
+
+
+def _export(
+    shell: Shell, stage: Stage, prints: Fingerprints, form: Form, opset: int, used: set[str]
+) -> ir.Model:
+    def settings(shapes: Mapping[str, Any] | None) -> OnnxConfig:
+        return OnnxConfig(
+            dynamic=True,
+            dynamic_shapes=dict(shapes) if shapes is not None else None,
+            optimize=form != "as traced",
+            ort_fusions=None if form in ("as traced", "standard") else form,
+            opset_version=opset,
+        )
+
     try:
-        try:
-            model = _export(shell.model, feeds, named, opset)
-        except torch._dynamo.exc.UserError:
-            model = _export(shell.model, feeds, auto, opset)
+        with quiet(), lazily(prints), _noting(used, prints):
+            exporter = OnnxExporter()
+            try:
+                named = settings(stage.dynamic_shapes)
+                exported = exporter.export(stage.module, dict(stage.inputs), named)
+            except torch._dynamo.exc.UserError:
+                # Axes that are related in a way that names cannot state are left to be found.
+                found = settings(_unnamed(stage.dynamic_shapes))
+                exported = exporter.export(stage.module, dict(stage.inputs), found)
     except Exception as error:
         raise InputError(
-            f"{shell.architecture}: transformers cannot export it to ONNX: {shorten(error)}"
+            f"{shell.architecture}: transformers cannot export it to ONNX ({stage.name}): "
+            f"{shorten(error)}; {WAY_OUT}"
         ) from error
-    if lost := [name for name in feeds if name not in {value.name for value in model.graph.inputs}]:
-        raise InputError(f"{shell.architecture}: {lost[0]} is not an input of the traced graph")
-    _strip(model)
-    _name_axes(model, shell.architecture)
-    return model
-
-
-def _export(model: Any, feeds: Feeds, axes: dict[int, Any], opset: int) -> ir.Model:
-    settings = OnnxConfig(
-        dynamic=True,
-        dynamic_shapes=dict.fromkeys(feeds, axes),
-        optimize=False,
-        opset_version=opset,
-    )
-    with quiet():
-        program: ir.Model = OnnxExporter().export(model, dict(feeds), settings).program
+    program: ir.Model = exported.program
     return program
+
+
+def _unnamed(shapes: Any) -> Any:
+    """The same axes, their relations left to be found."""
+    if isinstance(shapes, Mapping):
+        return {key: _unnamed(value) for key, value in shapes.items()}
+    if isinstance(shapes, list | tuple):
+        return [_unnamed(value) for value in shapes]
+    return torch.export.Dim.AUTO if shapes is not None else None
+
+
+@contextmanager
+def _noting(used: set[str], prints: Fingerprints) -> Iterator[None]:
+    """Note the tensors that a graph uses before it is optimised."""
+    module: Any = onnxscript.optimizer
+    original = module.optimize_ir
+
+    def optimize_ir(model: ir.Model, *args: Any, **kwargs: Any) -> Any:
+        for value in model.graph.initializers.values():
+            if value.uses() and value.const_value is not None:
+                found = prints.identify(value.const_value.numpy())
+                used.update(found.keys if found is not None else ())
+        return original(model, *args, **kwargs)
+
+    module.optimize_ir = optimize_ir
+    try:
+        yield
+    finally:
+        module.optimize_ir = original
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    """Operator -> how many nodes of it, subgraphs included; sorted by name."""
+    counts = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.all_nodes()
+    )
+    return dict(sorted(counts.items()))
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -86,69 +166,3 @@ def _strip(model: ir.Model) -> None:
         holder.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.doc_string = None
-
-
-def _name_axes(model: ir.Model, architecture: str) -> None:
-    """Call the symbols of the inputs' axes by their meaning, everywhere in the graph."""
-    meaning: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, dimension in zip(AXES, value.shape or (), strict=True):
-            if isinstance(dimension, int):
-                raise InputError(f"{architecture}: the {axis} axis is fixed in its traced graph")
-            meaning[str(dimension)] = axis
-
-    def rename(dimension: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(dimension, int):
-            return dimension
-        text = re.sub(r"\w+", lambda word: meaning.get(word[0], word[0]), str(dimension))
-        return ir.SymbolicDim(text)
-
-    for value in _values(model):
-        if value.shape is not None and not value.is_initializer():
-            value.shape = ir.Shape([rename(dimension) for dimension in value.shape])
-
-
-def describe_nodes(model: ir.Model, tied: Mapping[str, tuple[str, ...]]) -> list[onnx.NodeProto]:
-    """Every node with its type, name, wiring and attributes; weights are mentioned by name only.
-
-    Tied parameters go by the first of their names, since a checkpoint may hold any of them.
-    """
-    nodes = []
-    for node in model.graph:
-        proto = ir.serde.serialize_node(node)
-        proto.input[:] = [tied[name][0] if name in tied else name for name in proto.input]
-        nodes.append(proto)
-    return nodes
-
-
-def compare_nodes(merged: list[onnx.NodeProto], base: list[onnx.NodeProto]) -> None:
-    """Raise VerificationError that names the first node in which two graphs differ."""
-    for index, (one, other) in enumerate(zip(merged, base, strict=False)):
-        if one != other:
-            raise VerificationError(
-                f"the merged model's graph is not the base's: node {index} is {one.op_type} "
-                f"{one.name!r} in the merged model and {other.op_type} {other.name!r} in the base"
-                f"{_detail(one, other)}"
-            )
-    if len(merged) != len(base):
-        shorter = min(len(merged), len(base))
-        extra = max(merged, base, key=len)[shorter]
-        raise VerificationError(
-            f"the merged model's graph has {len(merged)} nodes, the base's {len(base)}: "
-            f"the first that only one has is {extra.op_type} {extra.name!r}"
-        )
-
-
-def _detail(one: onnx.NodeProto, other: onnx.NodeProto) -> str:
-    """What differs between two nodes of the same type and name."""
-    if (one.op_type, one.name) != (other.op_type, other.name):
-        return ""
-    fields: tuple[tuple[str, Callable[[onnx.NodeProto], Any]], ...] = (
-        ("inputs", lambda node: list(node.input)),
-        ("outputs", lambda node: list(node.output)),
-        ("attributes", lambda node: " ".join(str(list(node.attribute)).split())),
-    )
-    for name, pick in fields:
-        if pick(one) != pick(other):
-            return f" ({name}: {str(pick(one))[:100]} against {str(pick(other))[:100]})"
-    return ""

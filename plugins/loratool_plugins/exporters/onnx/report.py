@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,53 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime as ort
 
-from loratool.checkpoint import Checkpoint
+from loratool.digests import file_digest
 from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
-from loratool.reports import format_bytes
+from loratool.exporting import ExportJob
+from loratool.reports import counted, format_bytes
 from loratool.sources import Sources
-from loratool_plugins.exporters.onnx.verify import Comparison, Tolerance
+from loratool_plugins.exporters.onnx.graph import Traced
 from loratool_plugins.exporters.onnx.weights import Written
 
+_FORMS = {
+    "as traced": "not optimised: ONNX Runtime does that when it loads it",
+    "standard": "optimised with the operators of the ONNX standard alone",
+}
 _PACKAGES = ("transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def describe(
-    model: ir.Model, files: Sequence[Path], sources: Sources, written: Written
+    traced: Sequence[Traced],
+    operators: Mapping[str, Mapping[str, Mapping[str, int]]],
+    sources: Sources,
+    written: Written,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Files, inputs, outputs and weights of a saved model."""
+    """Graphs, files and weights of a saved model."""
+    graphs = {
+        found.graph.name: {
+            "file": f"{found.graph.name}.onnx",
+            "form": found.form,
+            "inputs": [_signature(value) for value in found.graph.model.graph.inputs],
+            "outputs": [_signature(value) for value in found.graph.model.graph.outputs],
+            "nodes": sum(operators["merged"][found.graph.name].values()),
+            "base_nodes": sum(operators["base"][found.graph.name].values()),
+            "operators": operators["merged"][found.graph.name],
+        }
+        for found in traced
+    }
+    paths = [*(folder / f"{name}.onnx" for name in graphs), *written.files]
     return {
-        "files": {path.name: path.stat().st_size for path in files},
-        "inputs": [_signature(value) for value in model.graph.inputs],
-        "outputs": [_signature(value) for value in model.graph.outputs],
-        "weights": len(written.places),
+        "graphs": graphs,
+        "files": {
+            str(path.relative_to(folder)): {
+                "bytes": path.stat().st_size,
+                "blake3": file_digest(path),
+            }
+            for path in paths
+        },
+        "weights": len(written.blocks),
         "external_constants": written.constants,
         "tied": dict(sources.tied),
         "untied": list(sources.untied),
@@ -40,28 +67,6 @@ def describe(
 def _signature(value: ir.Value) -> dict[str, Any]:
     shape = [size if isinstance(size, int) else str(size) for size in value.shape or ()]
     return {"name": value.name, "dtype": value.dtype.name if value.dtype else "", "shape": shape}
-
-
-def describe_verification(
-    providers: Sequence[str], comparisons: Sequence[Comparison], tolerance: Tolerance, seed: int
-) -> dict[str, Any]:
-    """What was compared, how, and how far apart it was."""
-    return {
-        "providers": list(providers),
-        "tolerance": tolerance.value,
-        "relative": tolerance.relative,
-        "seed": seed,
-        "inputs": [
-            {
-                "batch": found.batch,
-                "sequence": found.sequence,
-                "max_difference": dict(found.differences),
-                "allowed": {n: tolerance.limit(v) for n, v in found.largest.items()},
-                "largest_value": dict(found.largest),
-            }
-            for found in comparisons
-        ],
-    }
 
 
 def describe_run(seconds: float) -> dict[str, Any]:
@@ -77,37 +82,84 @@ def describe_run(seconds: float) -> dict[str, Any]:
 
 def lines(data: Mapping[str, Any]) -> tuple[str, ...]:
     """The facts for people, one a line."""
-    found, nodes = data["verification"], data["nodes"]
-    rows = [f"{name}: {format_bytes(size)}" for name, size in data["files"].items()]
-    for kind in ("inputs", "outputs"):
-        rows.append(f"{kind}: {', '.join(_signature_text(entry) for entry in data[kind])}")
-    rows.append(
-        f"nodes: {nodes['merged']} in the merged model, {nodes['base']} in the base, all equal"
-    )
-    rows.append(f"verified with ONNX Runtime on {', '.join(found['providers'])}")
-    for entry in found["inputs"]:
-        differences = ", ".join(
-            f"{name} {difference:.1e} (allowed: {entry['allowed'][name]:.1e})"
-            for name, difference in entry["max_difference"].items()
-        )
+    found = data["verification"]
+    rows = [f"{name}: {format_bytes(file['bytes'])}" for name, file in data["files"].items()]
+    for name, graph in data["graphs"].items():
+        prefix = "" if name == "model" else f"{name} "
+        for kind in ("inputs", "outputs"):
+            rows.append(f"{prefix}{kind}: {_signatures(graph[kind])}")
         rows.append(
-            f"largest difference from PyTorch on {entry['batch']} x {entry['sequence']} tokens: "
-            f"{differences}"
+            f"{prefix}nodes: {graph['nodes']} in the merged model, {graph['base_nodes']} in the "
+            f"base; {_FORMS.get(graph['form'], 'fused for ' + graph['form'])}"
         )
+    rows.append(f"verified with ONNX Runtime on {', '.join(found['providers'])}")
+    rows += _compared(found)
+    for entry in data["adapters"]:
+        low, high = entry["ranks"]
+        rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        targets = counted(entry["targets"], "target")
+        rows.append(f"{entry['file']}: {format_bytes(entry['bytes'])}, {targets}, {rank}")
+        rows += [f"  {row}" for row in _compared(found["adapters"][entry["adapter"]])]
     return tuple(rows)
+
+
+def _compared(found: Mapping[str, Any]) -> Iterator[str]:
+    for entry in found.get("inputs", ()):
+        yield (
+            f"largest difference from PyTorch on {entry['batch']} x {entry['sequence']}: "
+            f"{_differences(entry)}"
+        )
+    for entry in found.get("generation", ()):
+        ties = f" but for {counted(len(entry['ties']), 'tie')}" if entry["ties"] else ""
+        yield (
+            f"{entry['tokens']} tokens generated after {entry['batch']} prompts of "
+            f"{entry['prompt']}: as PyTorch{ties}; largest difference: {_differences(entry)}"
+        )
+
+
+def _differences(entry: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {difference:.1e} (allowed: {entry['allowed'][name]:.1e})"
+        for name, difference in entry["max_difference"].items()
+    )
+
+
+def _signatures(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Names, types and shapes; of a cache its first tensor alone."""
+    cached = [entry for entry in entries if _is_cached(entry["name"])]
+    shown = [entry for entry in entries if entry not in cached[1:]]
+    more = f" and {len(cached) - 1} more" if len(cached) > 1 else ""
+    return ", ".join(map(_signature_text, shown)) + more
+
+
+def _is_cached(name: str) -> bool:
+    return name.startswith(("past_key_values.", "present."))
 
 
 def _signature_text(entry: Mapping[str, Any]) -> str:
     return f"{entry['name']} {entry['dtype'].lower()} ({', '.join(map(str, entry['shape']))})"
 
 
-def notes(merged: Checkpoint, dtype: str, sources: Sources) -> tuple[str, ...]:
+def notes(
+    job: ExportJob, sources: Sources, traced: Sequence[Traced], written: Written
+) -> tuple[str, ...]:
     """What the user should hear in any case."""
-    told = []
+    merged, dtype = job.merged, job.options.chosen_dtype
+    told = [
+        f"{found.graph.name}.onnx is {_FORMS[found.form]}: {found.reason}"
+        for found in traced
+        if found.reason
+    ]
+    if several := written.in_several_layouts():
+        told.append(
+            f"{', '.join(sorted(several)[:3])}: stored {max(several.values())} times, for the "
+            "graphs want several layouts"
+        )
     stored = {tensor.dtype for tensor in merged.values()} & set(FLOAT_NAMES.values())
     if stored - {FLOAT_NAMES[dtype]}:
         exact = dtype == "fp32" and "F64" not in stored
-        reason = "; ONNX Runtime runs no bf16 on the CPU" if "BF16" in stored else ""
+        on_cpu = "BF16" in stored and job.options.device == "cpu"
+        reason = "; ONNX Runtime runs no bf16 on the CPU" if on_cpu else ""
         told.append(
             f"weights stored as {', '.join(sorted(stored))} were exported as {dtype} "
             f"({'exactly' if exact else 'rounded'}{reason})"

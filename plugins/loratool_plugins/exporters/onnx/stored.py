@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from loratool.checkpoint import LazyTensor
 from loratool.errors import InputError, VerificationError
 from loratool.writer import tensor_bytes
-from loratool_plugins.exporters.onnx.origins import Origin, Part, assemble
+from loratool_plugins.exporters.onnx.origins import assemble
+from loratool_plugins.exporters.onnx.weights import Block
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An initializer in an external data file.
-
-    Attributes:
-        name: how messages call it.
-        path: the file.
-        offset: where its bytes begin.
-        dtype: what it is stored as.
-        origin: the tensors that it should be made of.
-    """
-
-    name: str
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    origin: Origin
-
-
-def direct(tensor: LazyTensor) -> Origin:
-    """The origin of an initializer that is one tensor as it lies in the checkpoint."""
-    shape = tuple(tensor.shape)
-    part = Part(tensor.name, tuple(range(len(shape))), shape[0] if shape else 1)
-    return Origin(shape, 0, (part,))
-
-
-def check_stored(stored: Iterable[Stored], tensors: Mapping[str, LazyTensor]) -> int:
-    """Read a checkpoint again and compare files with it, an initializer at a time.
+def check_stored(stored: Iterable[Block], tensors: Mapping[str, LazyTensor]) -> int:
+    """Read a checkpoint again and compare files with it, a block at a time.
 
     Args:
-        stored: the initializers, in the order in which the checkpoint is best read.
+        stored: what files hold, in the order in which the checkpoint is best read.
         tensors: the checkpoint.
 
     Returns:
         The bytes that were compared.
 
     Raises:
-        VerificationError: an initializer is not what its tensors give, or its file is too short.
+        VerificationError: a block is not what its tensors give, or its file is too short.
     """
     compared = 0
     files: dict[Path, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
@@ -67,7 +40,7 @@ def check_stored(stored: Iterable[Stored], tensors: Mapping[str, LazyTensor]) ->
 
 
 def _compare(
-    entry: Stored,
+    entry: Block,
     tensors: Mapping[str, LazyTensor],
     file: np.ndarray[tuple[int], np.dtype[np.uint8]],
 ) -> int:
@@ -79,7 +52,7 @@ def _compare(
             offset += expected.size
             if found.size < expected.size:
                 raise VerificationError(
-                    f"{entry.path.name}: ends before {entry.name} does, at byte {file.size}"
+                    f"{entry.path.name}: ends before {_name(entry)} does, at byte {file.size}"
                 )
             if not np.array_equal(expected, found):
                 raise VerificationError(_changed(entry))
@@ -88,8 +61,12 @@ def _compare(
     return offset - entry.offset
 
 
-def _changed(entry: Stored) -> str:
+def _changed(entry: Block) -> str:
     return (
-        f"{entry.path.name}: {entry.name} is not what the checkpoint gives when it is read again; "
+        f"{entry.path.name}: {_name(entry)} is not what the checkpoint gives when read again; "
         "did an input change meanwhile?"
     )
+
+
+def _name(entry: Block) -> str:
+    return ", ".join(entry.origin.keys)

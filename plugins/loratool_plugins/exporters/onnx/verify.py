@@ -2,121 +2,205 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-from blake3 import blake3
+import numpy as np
+import onnxruntime as ort
+import torch
 
 from loratool.checkpoint import Checkpoint
 from loratool.engine import single_threaded_tasks
-from loratool.shell import load_class
+from loratool.exporting import ExportJob
 from loratool_plugins.exporters.onnx.comparing import Comparison, Tolerance, compare
-from loratool_plugins.exporters.onnx.inputs import sample_inputs
-from loratool_plugins.exporters.onnx.references import references_of
-from loratool_plugins.exporters.onnx.sessions import Arrays, open_bounded, open_session
-from loratool_plugins.exporters.onnx.stored import Stored, check_stored, direct
+from loratool_plugins.exporters.onnx.factory import filled
+from loratool_plugins.exporters.onnx.generation import (
+    describe_generation,
+    prompts_for,
+    tokens_for,
+    verify_generation,
+)
+from loratool_plugins.exporters.onnx.inputs import Sizes
+from loratool_plugins.exporters.onnx.preparation import Prepared
+from loratool_plugins.exporters.onnx.references import (
+    Batch,
+    References,
+    references_of,
+    references_of_module,
+)
+from loratool_plugins.exporters.onnx.sessions import (
+    Arrays,
+    Session,
+    open_bounded,
+    remark,
+    require_device,
+    shortfall,
+)
+from loratool_plugins.exporters.onnx.stages import named_inputs, sample_of
+from loratool_plugins.exporters.onnx.stored import check_stored
 from loratool_plugins.exporters.onnx.weights import Written
 
-__all__ = ["Comparison", "Tolerance", "compare", "open_session", "verify", "verify_graph"]
+# Sizes of the inputs that are compared; none is a traced one.
+_SIZES = (Sizes(2, 7, source=9), Sizes(3, 13, source=12))
 
-# (batch, sequence) of the inputs that are compared; neither is the traced one.
-SHAPES = ((2, 7), (3, 13))
-
-
-def verify(
-    path: Path, written: Written, merged: Checkpoint, seed: int, tolerance: Tolerance
-) -> tuple[list[str], list[Comparison]]:
-    """Read a checkpoint again, and hold a saved ONNX model against it.
-
-    The stored weights must be these tensors bit by bit, and the model must do on padded random
-    inputs of two shapes what PyTorch does. Neither holds a large model.
-
-    Returns:
-        The session's providers, and one comparison a shape.
-
-    Raises:
-        VerificationError: a weight is another one, or an output is missing, not a number, or too
-            far from PyTorch's.
-    """
-    assert merged.config is not None
-    cls, config = load_class(merged.config)
-    feeds = [sample_inputs(cls, config, *shape, seed + i) for i, shape in enumerate(SHAPES)]
-    with single_threaded_tasks():  # as they were written
-        check_stored(stored_of(written, merged), merged)
-    references = references_of(merged, feeds)
-    return verify_graph(path, feeds, references.outputs, tolerance)
-
-
-def stored_of(written: Written, merged: Checkpoint) -> Iterator[Stored]:
-    """Where the tensors of a checkpoint were written as they lie in it."""
-    for name, (offset, dtype) in written.places.items():
-        yield Stored(name, written.path, offset, dtype, direct(merged[name]))
-
-
-def verify_graph(
-    path: Path,
-    feeds: Sequence[Mapping[str, Any]],
-    references: Sequence[Arrays],
-    tolerance: Tolerance,
-    device: str = "cpu",
-) -> tuple[list[str], list[Comparison]]:
-    """Run a saved graph and compare what it gives with what PyTorch gives.
-
-    Args:
-        path: the graph; its external data lies beside it.
-        feeds: its inputs, one mapping a sample.
-        references: PyTorch's outputs for them.
-        tolerance: how far they may be apart.
-        device: where to run it, if that is possible here; the CPU otherwise.
-
-    Returns:
-        The session's providers, and one comparison a sample.
-
-    Raises:
-        VerificationError: ONNX Runtime refuses it, or an output is missing, not a number, or too
-            far from PyTorch's.
-    """
-    session = open_bounded(path, device)
-    comparisons = []
-    for feed, reference in zip(feeds, references, strict=True):
-        comparisons.append(compare(session, feed, reference))
-        comparisons[-1].judge(path.name, tolerance)
-    return list(session.get_providers()), comparisons
+Answer = Callable[[Sequence[Batch]], References]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a manifest says of a graph's file.
+class Verification:
+    """What was compared, and how far apart it was.
 
     Attributes:
-        operators: operator, with its domain where it is not ONNX's own -> how many nodes.
-        digest: BLAKE3 of the file, in hex.
+        data: for the manifest.
+        notes: what the user should hear.
     """
 
-    operators: Mapping[str, int]
-    digest: str
+    data: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
-def facts_of(path: Path) -> Facts:
-    """Count the operators of a saved graph, inner graphs included, and digest its file."""
-    graph = onnx.load(path, load_external_data=False).graph
-    counts = Counter(_operators(graph))
-    return Facts(dict(sorted(counts.items())), file_digest(path))
+def verify_export(
+    job: ExportJob,
+    prepared: Prepared,
+    folder: Path,
+    written: Written,
+    tolerance: Tolerance,
+    seed: int,
+    adapters: Mapping[str, Path],
+) -> Verification:
+    """Read the checkpoint again, and hold everything that was saved against it.
+
+    The stored weights must be the checkpoint's bit by bit. A graph that reads its inputs in one go
+    must give what PyTorch gives on padded random inputs of two shapes; a decoder must generate the
+    tokens that PyTorch's generation gives, through the cache, on padded prompts of two shapes; a
+    swappable one must do so as the base, and with each adapter as the base merged with it.
+
+    Args:
+        job: what was exported.
+        prepared: its model.
+        folder: where it was saved.
+        written: where its weights lie.
+        tolerance: how far outputs may be apart.
+        seed: of the random inputs.
+        adapters: the adapter files of a swappable export, by adapter, in the job's order.
+
+    Raises:
+        VerificationError: something is not what PyTorch makes of the checkpoint, or the device
+            cannot be used and the job asks for it strictly.
+    """
+    options = job.options
+    with single_threaded_tasks():  # as they were written
+        compared = check_stored(written.blocks, prepared.tensors)
+    sessions = {
+        stage.name: open_bounded(folder / f"{stage.name}.onnx", options.device)
+        for stage in prepared.stages
+    }
+    used = list(next(iter(sessions.values())).get_providers())
+    if options.strict:
+        require_device(options.device, used)
+    missing = shortfall(options.device, used)
+    found = _compare(job.merged, prepared, sessions, tolerance, seed, options.module)
+    data: dict[str, Any] = {
+        "providers": used,
+        "device_used": not missing,
+        "tolerance": tolerance.value,
+        "relative": tolerance.relative,
+        "seed": seed,
+        "stored_bytes_compared": compared,
+        **found,
+    }
+    merged = dict(zip(adapters, job.adapted, strict=True))
+    if adapters:
+        data["adapters"] = {
+            label: _compare(
+                merged[label], prepared, _adapted(sessions, path), tolerance, seed, options.module
+            )
+            for label, path in adapters.items()
+        }
+    rewritten = sorted({text for text in map(remark, sessions.values()) if text})
+    if rewritten:
+        data["rewritten_for_cpu"] = rewritten
+    return Verification(data, tuple(filter(None, (missing, *rewritten))))
 
 
-def file_digest(path: Path) -> str:
-    """BLAKE3 of a file of any size, in hex."""
-    return str(blake3().update_mmap(path).hexdigest())
+def _compare(
+    merged: Checkpoint,
+    prepared: Prepared,
+    sessions: Mapping[str, Session],
+    tolerance: Tolerance,
+    seed: int,
+    module: str,
+) -> dict[str, Any]:
+    """Hold sessions against a checkpoint, in the way that its graphs are used."""
+
+    def answer(batches: Sequence[Batch]) -> References:
+        if module:
+            return references_of_module(filled(module, merged), batches)
+        return references_of(merged, batches)
+
+    if "prefill" in sessions:
+        model: Any = prepared.shell.model
+        prompts = prompts_for(type(model), model.config, seed)
+        counts = [tokens_for(model.config, prompt) for prompt in prompts]
+        results, how = verify_generation(sessions, prompts, answer, tolerance, counts)
+        told = [describe_generation(result, tolerance) for result in results]
+        return {"reference": how, "generation": told}
+    (stage,) = prepared.stages
+    samples = [sample_of(stage, sizes, seed + i) for i, sizes in enumerate(_SIZES)]
+    references = answer([_in_fp32(sample) for sample in samples])
+    comparisons = []
+    for sample, reference in zip(samples, references.outputs, strict=True):
+        feed = {name: value.numpy() for name, value in named_inputs(sample).items()}
+        comparisons.append(compare(sessions[stage.name], feed, reference))
+        comparisons[-1].judge(f"{stage.name}.onnx", tolerance)
+    told = [_described(found, tolerance) for found in comparisons]
+    return {"reference": references.how, "inputs": told}
 
 
-def _operators(graph: onnx.GraphProto) -> Iterator[str]:
-    for node in graph.node:
-        domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
-        yield f"{domain}{node.op_type}"
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _operators(inner)
+def _in_fp32(sample: Mapping[str, Any]) -> Batch:
+    return {
+        name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in sample.items()
+    }
+
+
+def _described(found: Comparison, tolerance: Tolerance) -> dict[str, Any]:
+    return {
+        "batch": found.batch,
+        "sequence": found.sequence,
+        "max_difference": dict(found.differences),
+        "allowed": {name: tolerance.limit(size) for name, size in found.largest.items()},
+        "largest_value": dict(found.largest),
+    }
+
+
+@dataclass(frozen=True)
+class _WithAdapter:
+    """A session that is given an adapter's factors at every run."""
+
+    session: Session
+    factors: Arrays
+
+    def get_inputs(self) -> Sequence[Any]:
+        """The inputs without the factors."""
+        return self.session.get_inputs()
+
+    def get_outputs(self) -> Sequence[Any]:
+        """The outputs."""
+        return self.session.get_outputs()
+
+    def get_providers(self) -> Sequence[str]:
+        """The execution providers."""
+        return self.session.get_providers()
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        """Compute outputs as the adapter makes them."""
+        return self.session.run(names, {**feeds, **self.factors})
+
+
+def _adapted(sessions: Mapping[str, Session], path: Path) -> dict[str, Session]:
+    stored: Any = ort.AdapterFormat.read_adapter(str(path))
+    factors = {name: np.array(value.numpy()) for name, value in stored.get_parameters().items()}
+    return {name: _WithAdapter(session, factors) for name, session in sessions.items()}

@@ -1,9 +1,8 @@
-"""Weights on their way from a checkpoint into a graph's external data, block by block."""
+"""Weights on their way from a checkpoint into the external data of one or several graphs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -12,145 +11,171 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from loratool.checkpoint import Checkpoint, LazyTensor
-from loratool.errors import InputError, VerificationError
-from loratool.shell import Shell
-from loratool.sources import Sources
+from loratool.checkpoint import Checkpoint
 from loratool.writer import tensor_bytes
+from loratool_plugins.exporters.onnx.origins import Origin, assemble
 
-_ALIGNMENT = 64
+# Graphics processors read aligned tensors faster, and some of their libraries no others.
+ALIGNMENT = 256
 # Constants below this stay in the graph file; parameters never do.
 _INLINE_BYTES = 1024
-# Blocks are cast in pieces of this many elements, however large they come.
-_PIECE = 4 << 20
+
+DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values in an external data file.
+
+    Attributes:
+        path: the file.
+        origin: which values.
+        dtype: the type they were cast to.
+        offset: in bytes.
+        length: in bytes.
+    """
+
+    path: Path
+    origin: Origin
+    dtype: torch.dtype
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
 class Written:
-    """Where the tensors of a checkpoint lie in an external data file.
+    """What external data files hold of a checkpoint.
 
     Attributes:
-        path: the file.
-        places: name in the checkpoint -> offset in bytes, and the type it was cast to.
-        constants: how many constants of the graph the file holds as well.
+        blocks: every arrangement of tensors that a graph asks for, once.
+        constants: how many constants of the graphs the files hold as well.
+        files: all of them.
     """
 
-    path: Path
-    places: Mapping[str, tuple[int, torch.dtype]]
+    blocks: tuple[Block, ...]
     constants: int
+    files: tuple[Path, ...]
 
-    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compare the file with the tensors that it should hold, bit by bit.
+    def in_several_layouts(self) -> dict[str, int]:
+        """Tensors that were written more than once -> how many times, and the bytes that cost."""
+        seen: dict[str, int] = {}
+        for block in self.blocks:
+            for key in block.origin.keys:
+                seen[key] = seen.get(key, 0) + 1
+        return {key: count for key, count in seen.items() if count > 1}
 
-        Raises:
-            VerificationError: a tensor is not what was written.
-        """
-        stored = np.memmap(self.path, np.uint8, "r") if self.places else np.empty(0, np.uint8)
-        for name, (offset, dtype) in self.places.items():
-            for piece in _cast_pieces([tensors[name]], dtype):
-                data = np.frombuffer(tensor_bytes(piece), np.uint8)
-                if not np.array_equal(data, stored[offset : offset + data.size]):
-                    raise VerificationError(
-                        f"{self.path.name}: {name} is not what the checkpoint gives when it is "
-                        "read again; did an input change meanwhile?"
-                    )
-                offset += data.size
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph whose weights are wanted.
+
+    Attributes:
+        name: of its file, without the suffix.
+        model: the traced model.
+        origins: initializer -> what it is made of.
+    """
+
+    name: str
+    model: ir.Model
+    origins: Mapping[str, Origin]
 
 
 def write_weights(
-    graph: ir.Graph,
+    graphs: Sequence[Graph],
     checkpoint: Checkpoint,
-    shell: Shell,
-    sources: Sources,
     path: Path,
     progress: Callable[[str], None],
 ) -> Written:
-    """Stream a checkpoint into an external data file and make the graph's initializers refer to it.
+    """Stream a checkpoint into an external data file and make the graphs' initializers refer to it.
 
-    Tensors come in the checkpoint's order, each once however many names it has, cast to the
-    model's types. Large constants of the graph follow.
+    Whatever several initializers, of one graph or of several, have in common is written once.
+    Values come in the checkpoint's order; large constants of the graphs follow. Initializers that
+    refer to a file already are left as they are.
 
     Args:
-        graph: the traced graph; its initializers' values are replaced.
-        checkpoint: where the values come from; read once.
-        shell: the traced model, for the types.
-        sources: as `resolve` found them for `checkpoint` and `shell`.
-        path: the data file; must not exist, lies beside the graph's file.
+        graphs: their initializers' values are replaced.
+        checkpoint: where the values come from; every tensor is read once for each arrangement that
+            it is part of.
+        path: the data file; must not exist, lies beside the graphs' files. It is not made if there
+            is nothing to write.
         progress: is told each tensor's name before it is written.
 
     Raises:
         InputError: a value is beyond the range of the type it is exported as.
     """
-    state = shell.model.state_dict()
-    users: dict[str, list[ir.Value]] = {}
-    for name, value in graph.initializers.items():
-        if name in sources.keys:
-            users.setdefault(sources.keys[name], []).append(value)
-    places: dict[str, tuple[int, torch.dtype]] = {}
-    constants = 0
+    users: dict[tuple[Origin, torch.dtype], list[ir.Value]] = {}
+    for graph in graphs:
+        for name, origin in graph.origins.items():
+            value = graph.model.graph.initializers[name]
+            if isinstance(value.const_value, ir.ExternalTensor):
+                continue
+            assert value.const_value is not None
+            users.setdefault((origin, DTYPES[value.const_value.dtype]), []).append(value)
+    place = {name: number for number, name in enumerate(checkpoint)}
+    order = sorted(users, key=lambda asked: place[asked[0].keys[0]])
+    blocks = []
     with path.open("xb") as file:
-        for key in (key for key in checkpoint if key in users):
-            progress(key)
+        for origin, dtype in order:
+            progress(origin.keys[0])
             offset = _align(file)
-            dtype = state[str(users[key][0].name)].dtype
-            for piece in _checked_pieces(checkpoint[key], dtype):
-                file.write(tensor_bytes(piece))
-            for value in users[key]:
-                _refer(value, path, offset, file.tell() - offset)
-            places[key] = (offset, dtype)
-        for name, value in graph.initializers.items():
-            if name not in sources.keys and _write_constant(value, file, path):
-                constants += 1
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(path, places, constants)
+            _write(file, assemble(origin, checkpoint, dtype), origin)
+            blocks.append(Block(path, origin, dtype, offset, file.tell() - offset))
+            for value in users[origin, dtype]:
+                refer(value, path, offset, file.tell() - offset)
+        constants = _write_constants(graphs, file, path)
+    if not blocks and not constants:
+        path.unlink()
+        return Written((), 0, ())
+    return Written(tuple(blocks), constants, (path,))
 
 
 def _align(file: IO[bytes]) -> int:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
+    file.write(bytes(-file.tell() % ALIGNMENT))
     return file.tell()
 
 
-def _cast_pieces(blocks: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A tensor's elements cast to `dtype`, in pieces of bounded size."""
-    for block in blocks:
-        for piece in torch.split(block.reshape(-1), _PIECE):
-            yield piece.to(dtype)
-
-
-def _checked_pieces(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _write(file: IO[bytes], pieces: Iterable[torch.Tensor], origin: Origin) -> None:
     count = 0
-    for piece in _cast_pieces(tensor.blocks(), dtype):
-        if dtype == torch.float16 and bool(piece.isinf().any()):
-            raise InputError(
-                f"{tensor.origin or 'checkpoint'}: {tensor.name} has values beyond the range "
-                "of fp16; export as fp32"
-            )
+    for piece in pieces:
+        file.write(tensor_bytes(piece))
         count += piece.numel()
-        yield piece
-    if count != tensor.numel:
-        raise AssertionError(f"{tensor.name}: {count} of {tensor.numel} elements came")
+    if count != (wanted := int(np.prod(origin.shape, dtype=np.int64))):
+        raise AssertionError(f"{', '.join(origin.keys)}: {count} of {wanted} elements came")
 
 
-def _refer(value: ir.Value, path: Path, offset: int, length: int) -> None:
-    """Let an initializer take its bytes from the data file."""
+def refer(value: ir.Value, path: Path, offset: int, length: int) -> None:
+    """Let an initializer take its bytes from a data file that lies beside the graph's."""
     old = value.const_value
-    assert old is not None  # every initializer of a traced graph has a placeholder
+    assert old is not None  # every initializer of a traced graph has a value that stands for it
     value.const_value = ir.ExternalTensor(
         path.name, offset, length, old.dtype, shape=ir.Shape(old.shape), name=str(value.name),
         base_dir=path.parent,
     )  # fmt: skip
 
 
-def _write_constant(value: ir.Value, file: IO[bytes], path: Path) -> bool:
-    """Move a constant made by tracing to the data file if it is large; whether it was."""
-    tensor = value.const_value
-    assert tensor is not None
-    if isinstance(getattr(tensor, "raw", None), torch.nn.Parameter):
-        raise AssertionError(f"{value.name}: a parameter that has lost its name in tracing")
-    if tensor.nbytes < _INLINE_BYTES:
-        return False
-    offset = _align(file)
-    file.write(tensor.tobytes())
-    _refer(value, path, offset, file.tell() - offset)
-    return True
+def _write_constants(graphs: Sequence[Graph], file: IO[bytes], path: Path) -> int:
+    """Move the large constants that tracing made to the data file, equal ones once."""
+    written: dict[bytes, tuple[int, int]] = {}
+    for value in _constants(graphs):
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < _INLINE_BYTES:
+            continue
+        data = tensor.tobytes()
+        if data not in written:
+            written[data] = (_align(file), len(data))
+            file.write(data)
+        refer(value, path, *written[data])
+    return len(written)
+
+
+def _constants(graphs: Sequence[Graph]) -> Iterator[ir.Value]:
+    for graph in graphs:
+        for name, value in graph.model.graph.initializers.items():
+            if name not in graph.origins and not isinstance(value.const_value, ir.ExternalTensor):
+                yield value

@@ -1,0 +1,1 @@
+"""Steps that need a package of their own."""
