@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -24,7 +25,11 @@ from loratool.reports import Report
 from loratool.shell import load_class
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters.onnx import report
-from loratool_plugins.exporters.onnx.adapter_file import targets_of, write_adapters
+from loratool_plugins.exporters.onnx.adapter_file import (
+    refusals,
+    targets_of,
+    write_adapters,
+)
 from loratool_plugins.exporters.onnx.comparing import TOLERANCES
 from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
 from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
@@ -101,6 +106,9 @@ class Onnx:
                 return [_error(name, message)]
         if (checkpoint.config or {}).get("quantization_config"):
             problems.append(_error("quantization_config", "export the unquantized model"))
+        if job.options.swappable:
+            for part in job.parts:
+                problems += refusals(part, job.options.max_rank)
         for name, tensor in checkpoint.items():
             if tensor.dtype not in _READABLE and name.endswith((".weight", ".bias")):
                 found = _error(name, "dequantize it first", "a float type", tensor.dtype)
@@ -124,9 +132,10 @@ class Onnx:
         slots = make_graphs_swappable(graphs, prepared, job) if options.swappable else []
         with single_threaded_tasks():
             written = _write(job.merged, prepared, graphs, options, dest, progress)
-            adapters = write_adapters(
-                job.parts, slots, _IR_TYPES[options.chosen_dtype], dest, options.max_rank
-            )
+            adapters: list[dict[str, Any]] = []
+            if options.swappable:
+                dtype = _IR_TYPES[options.chosen_dtype]
+                adapters = write_adapters(job.parts, slots, dtype, dest, options.max_rank)
         for graph in graphs:
             ir.save(graph.model, dest / f"{graph.name}.onnx")
         genai = _write_genai(job, prepared, dest)

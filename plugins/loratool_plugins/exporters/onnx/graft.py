@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,22 +121,25 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
             or cannot be told from something else; all complaints at once.
     """
     graph = open_graph(path)
+    base = _as_merged(base, merged)
     tensors, changed = _changes(base, merged)
     floats = [i for i in graph.initializers.values() if i.is_float]
     library = Library(tensors)
     layouts = {i.name: found for i in floats if (found := library.match(i)) is not None}
     problems = [*_class_problems(base, merged, layouts), *_shape_problems(tensors, merged, changed)]
     present = {name for layout in layouts.values() for name in layout.names}
-    missing = [name for name in changed if name not in present]
     share, foreign = _foreign(floats, layouts, tensors, present)
     if foreign and share < 1 - _MOST_FOREIGN:
         raise MismatchError(_other_checkpoint(path, base, share, foreign))
-    problems += [_missing(graph, name, tensors, base) for name in missing]
     placement = place(graph, layouts, changed)
-    problems += [p for p in placement.problems if p.tensor not in missing]
+    problems += placement.problems
+    # A tensor may have the values of an initializer, and yet every use of that be another's.
+    placed = {n for groups in placement.placed.values() for group in groups for n in group.names}
+    told = {problem.tensor for problem in problems}
+    problems += [_missing(name, tensors) for name in changed if name not in placed | told]
     if problems:
-        told = "\n".join(f"  {problem}" for problem in problems)
-        raise MismatchError(f"{path}: cannot be grafted:\n{told}")
+        lines = (f"  {problem}" for problem in problems)
+        raise MismatchError("\n".join([f"{path}: cannot be grafted:", *lines]))
     patches = tuple(_patches(graph, placement.placed))
     notes = tuple(_notes(patches, foreign))
     weights = [i for i in floats if i.numel > 1]
@@ -144,6 +147,22 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
         graph, tensors, {name: merged[name] for name in changed}, changed, patches,
         (sum(i.name in layouts for i in weights), len(weights)), share, notes,
     )  # fmt: skip
+
+
+def _as_merged(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
+    """The base's tensors under the names of a merged model whose class has other prefixes.
+
+    Tensors that nothing was done to show how names are changed.
+    """
+    found = {id(tensor.blocks): name for name, tensor in merged.items()}
+    names = {n: found[id(t.blocks)] for n, t in base.items() if id(t.blocks) in found}
+    added = {("", new.removesuffix(old)) for old, new in names.items() if new.endswith(old)}
+    removed = {(old.removesuffix(new), "") for old, new in names.items() if old.endswith(new)}
+    rules = sorted(added | removed)
+    for name in (name for name in base if name not in names):
+        spellings = (new + name.removeprefix(old) for old, new in rules if name.startswith(old))
+        names[name] = next((s for s in (name, *spellings) if s in merged), name)
+    return replace(base, tensors={names[n]: t.renamed(names[n]) for n, t in base.items()})
 
 
 def _changes(base: Checkpoint, merged: Checkpoint) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
@@ -195,9 +214,7 @@ def _shape_problems(
             )  # fmt: skip
 
 
-def _missing(
-    graph: BaseGraph, name: str, tensors: Mapping[str, LazyTensor], base: Checkpoint
-) -> Problem:
+def _missing(name: str, tensors: Mapping[str, LazyTensor]) -> Problem:
     tensor = tensors[name]
     if len(tensor.shape) < 2 and not bool(tensor.read().any()):
         reason = (

@@ -127,22 +127,27 @@ def adding(
     if target.is_dir() and any(target.iterdir()):
         with _joining(target, names, shared, overwrite, link, needed) as (place, old):
             yield place, entry.update
-            _publish(target, place.folder, names, _manifest(shared, old, names, entry))
+            _publish(target, place.folder, names, _manifest(target, shared, old, names, entry))
         return
     for file in shared.files.values():
         if isinstance(file, Path):
             needed += file.stat().st_size
     with atomic_directory(target, False, needed) as folder:
-        yield Workplace(folder, _bring(shared, folder, link)), entry.update
-        content = _manifest(shared, {}, names, entry)
+        yield Workplace(folder, _bring(shared, folder, link, {})), entry.update
+        content = _manifest(folder, shared, {}, names, entry)
         (folder / MANIFEST).write_bytes(manifest(content))
 
 
 def _manifest(
-    shared: Shared, old: Mapping[str, Any], names: Names, entry: Mapping[str, Any]
+    folder: Path, shared: Shared, old: Mapping[str, Any], names: Names, entry: Mapping[str, Any]
 ) -> dict[str, Any]:
     graphs = {**old.get("graphs", {}), names.name: dict(entry)}
-    base = old.get("base", {"digest": shared.digest, "files": sorted(shared.files)})
+    stamps = {
+        name: _stamps(local(file), folder / name)
+        for name, file in shared.files.items()
+        if isinstance(file, Path)
+    }
+    base = {"digest": shared.digest, "files": sorted(shared.files), "stamps": stamps}
     return {"kind": KIND, "base": base, "graphs": dict(sorted(graphs.items()))}
 
 
@@ -160,7 +165,7 @@ def _joining(
         # Nobody else holds the lock, so what begins like this was left by a run that was killed.
         for rest in target.glob(".*.partial-*"):
             shutil.rmtree(rest, ignore_errors=True)
-        brought = _bring(shared, target, link)
+        brought = _bring(shared, target, link, old["base"].get("stamps", {}))
         temporary = Path(tempfile.mkdtemp(prefix=f".{names.name}.partial-", dir=target))
         yield Workplace(temporary, brought, _linked_beside(shared, target, temporary)), old
     except OSError as error:
@@ -197,8 +202,12 @@ def _check(target: Path, names: Names, shared: Shared, overwrite: bool) -> dict[
     return found
 
 
-def _bring(shared: Shared, folder: Path, link: bool) -> dict[str, str]:
-    """Have the base's files in a folder; how each came."""
+def _bring(shared: Shared, folder: Path, link: bool, stamps: Mapping[str, Any]) -> dict[str, str]:
+    """Have the base's files in a folder; how each came.
+
+    A file that is there is compared with the base's, unless `stamps` say that neither was written
+    to since they were found equal.
+    """
     brought = {}
     for name, source in shared.files.items():
         place = folder / name
@@ -207,7 +216,8 @@ def _bring(shared: Shared, folder: Path, link: bool) -> dict[str, str]:
         if isinstance(source, Path):
             source = local(source)
             if place.exists():
-                _require_same(source, place)
+                if stamps.get(name) != _stamps(source, place):
+                    _require_same(source, place)
                 brought[name] = "there already"
                 continue
             brought[name] = _link_or_copy(source, partial, link)
@@ -233,6 +243,12 @@ def _linked_beside(shared: Shared, target: Path, temporary: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _stamps(source: Path, place: Path) -> list[list[int]]:
+    """Sizes and times of the base's file and of the one in the folder."""
+    found = (source.stat(), place.stat())
+    return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 def _link_or_copy(source: Path, place: Path, link: bool) -> str:

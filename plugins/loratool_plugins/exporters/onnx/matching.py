@@ -170,7 +170,7 @@ class Library:
         values = initializer.values
         flat = values.reshape(-1)
         found = _Search(table, flat, flat.numel(), 1, values.ndim <= 1).run()
-        if found is not None:
+        if found is not None and _is_likely(found, table, initializer.shape):
             return _along_rows(found, table, initializer.shape)
         if values.ndim < 2:
             return None
@@ -186,6 +186,12 @@ class _Run:
 
     choices: Mapping[str, Permutation]
     numel: int
+
+
+def _is_likely(runs: list[_Run], table: _Table, shape: tuple[int, ...]) -> bool:
+    """Whether runs are no coincidence: a mask of zeros is no row of zero biases."""
+    axes = sum(size != 1 for size in shape)
+    return axes < 2 or all(len(table.prints[n].shape) > 1 for run in runs for n in run.choices)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def _pieces(
     if origin.axis == 0:
         for part, values in zip(origin.parts, turned, strict=True):
             for piece in _rows(values):
-                yield piece.reshape(-1), part.key
+                yield _laid_out(piece).reshape(-1), part.key
         return
     per_row = sum(values[:1].numel() for values in turned)
     step = max(1, _PIECE // max(1, per_row))
     for start in range(0, origin.shape[0], step):
-        rows = [values[start : start + step] for values in turned]
+        rows = [_laid_out(values[start : start + step]) for values in turned]
         yield torch.cat(rows, dim=origin.axis).reshape(-1), next(iter(origin.keys), None)
 
 
@@ -127,3 +127,14 @@ def _rows(values: torch.Tensor) -> Iterator[torch.Tensor]:
     step = max(1, _PIECE // max(1, values[:1].numel()))
     for start in range(0, values.shape[0], step):
         yield values[start : start + step]
+
+
+def _laid_out(rows: torch.Tensor) -> torch.Tensor:
+    """Some rows in row-major order.
+
+    Rows of a transpose are columns of what it is a view of. torch is five times faster at turning
+    these once they lie together.
+    """
+    if rows.ndim == 2 and rows.stride(0) == 1 and rows.stride(1) > 1:
+        return rows.T.contiguous().T.contiguous()
+    return rows.contiguous()

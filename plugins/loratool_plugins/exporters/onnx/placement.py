@@ -110,17 +110,31 @@ class _Placer:
         for name, layout in self.layouts.items():
             if not self.changed.isdisjoint(layout.names):
                 self._settle(self.graph.initializers[name], layout)
+        self._settle_last()
         placed_names = self._placed_names()
         for initializer, use in self.open:
             layout = self.layouts[initializer.name]
-            if missing := sorted(self.changed & layout.names - placed_names):
-                problems.append(_cannot_tell(initializer, use, layout, missing))
+            for name in sorted(self.changed & layout.names - placed_names):
+                problems.append(_cannot_tell(name, initializer, use, layout))
         placed = {}
         for name, uses in self.found.items():
             groups = tuple(self._groups(self.graph.initializers[name], uses))
             if groups:
                 placed[name] = groups
         return Placement(placed, _once(problems))
+
+    def _settle_last(self) -> None:
+        """A norm that nothing was told of is that of the one tensor which has no place yet."""
+        placed, left = self._placed_names(), []
+        for initializer, use in self.open:
+            layout = self.layouts[initializer.name]
+            if use.node is not None and "Norm" in use.node.op_type and len(layout.pieces) == 1:
+                left.append((initializer, use, layout, layout.names - placed))
+        for initializer, use, layout, names in left:
+            rivals = [other for *_, other in left if other & names]
+            if len(names) == len(rivals) == 1:
+                self.found[initializer.name][use.number] = layout, tuple(names)
+                self.open.remove((initializer, use))
 
     def _placed_names(self) -> set[str]:
         settled = (names for uses in self.found.values() for _, names in uses.values())
@@ -370,13 +384,11 @@ def _without_prefixes(
             yield module[skipped:], around
 
 
-def _cannot_tell(
-    initializer: Initializer, use: Use, layout: Layout, missing: Sequence[str]
-) -> Problem:
+def _cannot_tell(name: str, initializer: Initializer, use: Use, layout: Layout) -> Problem:
     others = len(layout.names) - 1
     return Problem(
         "error",
-        missing[0],
+        name,
         f"{others} other tensors have the same values in the base, and the graph holds them once, "
         f"as {initializer.name}; it cannot be told which of its {len(initializer.uses)} uses is "
         f"meant ({use.label}, ...): export the base again with optimize=False, or export the "

@@ -24,19 +24,21 @@ from tests.lazy import adapter_of, lazy_tensor
 
 VOCABULARY = 48
 _SIZES = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
     "initializer_range": 0.3,
 }  # fmt: skip
 _TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
 
 
-def bert() -> Any:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**_SIZES, **_TEXT))
+def bert(layers: int = 1) -> Any:
+    sizes = {**_SIZES, **_TEXT, "num_hidden_layers": layers}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
 
 
-def llama(tied: bool = False) -> Any:
+def llama(layers: int = 1, tied: bool = False) -> Any:
+    sizes = {**_SIZES, **_TEXT, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(
-        **_SIZES, **_TEXT, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
+        **sizes, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
         use_cache=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -44,7 +46,7 @@ def llama(tied: bool = False) -> Any:
 
 def gpt2() -> Any:
     config = transformers.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=VOCABULARY,
+        n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=VOCABULARY,
         initializer_range=0.3, use_cache=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -178,6 +180,7 @@ class Base:
         """What ONNX Runtime computes with a graph."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         feeds = {name: value.numpy() for name, value in feeds_of(self.model).items()}
         wanted = [entry.name for entry in session.get_inputs()]
