@@ -46,6 +46,13 @@ def assert_same(path: Path, feeds: dict[str, Any], limit: int, pieces: int) -> N
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_small_models")
+@pytest.mark.parametrize("device", list(sessions.PROVIDERS))
+def test_a_large_model_is_opened_for_every_device(device: str, tmp_path: Path) -> None:
+    session = open_bounded(chain(tmp_path, 2), device)
+    assert session.run(None, FEED)[0].shape == (3, 8)
+
+
 def test_the_cpu_is_always_there() -> None:
     assert shortfall("cpu", usable("cpu")) == ""
     require_device("cpu", ["CPUExecutionProvider"])
@@ -152,6 +159,25 @@ def test_only_half_precision_is_run_in_pieces(tmp_path: Path) -> None:
     assert isinstance(half, PieceSession)
     assert half.get_inputs()[0].name == "x"
     assert half.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_an_optional_input_may_be_given_or_not(tmp_path: Path) -> None:
+    kind = TensorProto.FLOAT
+    inputs = [
+        helper.make_tensor_value_info("x", kind, ["n", 8]),
+        helper.make_tensor_value_info("more", kind, ["m"]),
+    ]
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    default = numpy_helper.from_array(np.zeros(1, np.float32), "more")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "more"], ["y"]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", kind, ["n", 8])]
+    session = in_pieces(save(tmp_path / "model.onnx", nodes, [weight, default], inputs, outputs), 1)
+    x, more = FEED["x"], np.ones(1, np.float32)
+    for given in ({}, {"more": more}, {}):
+        np.testing.assert_allclose(session.run(None, {"x": x, **given})[0], x + bool(given))
 
 
 @pytest.mark.usefixtures("no_small_models")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from onnx import numpy_helper
 from onnxruntime.transformers import float16
 from transformers import GenerationConfig
 
-from loratool.checkpoint import Checkpoint, LazyTensor
+from loratool.checkpoint import Checkpoint
 from loratool.errors import VerificationError
 from loratool.opening import open_checkpoint
 from loratool_plugins.exporters.onnx import sessions
@@ -33,8 +32,8 @@ from loratool_plugins.exporters.onnx.origins import Origin, Part, assemble
 from loratool_plugins.exporters.onnx.references import references_of, references_of_module
 from loratool_plugins.exporters.onnx.sessions import PieceSession, Session, open_bounded
 from loratool_plugins.exporters.onnx.stages import named_inputs
-from loratool_plugins.exporters.onnx.stored import Stored, check_stored, direct
-from loratool_plugins.exporters.onnx.verify import facts_of
+from loratool_plugins.exporters.onnx.stored import check_stored
+from loratool_plugins.exporters.onnx.weights import Block
 from tests.models import build, perturb, tiny_config
 from tests.plugins.exporters.verified_graphs import trace_stages
 
@@ -277,11 +276,11 @@ def test_a_checkpoint_that_lacks_a_tensor_is_no_reference(llama: Exported) -> No
             references_of(part, llama.prompts(), whole)
 
 
-def write_stored(folder: Path, tensors: Mapping[str, Any], origin: Origin) -> Stored:
+def write_stored(folder: Path, tensors: Mapping[str, Any], origin: Origin) -> Block:
     path = folder / "model.onnx.data"
     content = b"".join(v.numpy().tobytes() for v in assemble(origin, tensors, torch.float16))
     path.write_bytes(bytes(64) + content)
-    return Stored("packed", path, 64, torch.float16, origin)
+    return Block(path, origin, torch.float16, 64, len(content))
 
 
 def square_origin(checkpoint: Checkpoint, *turns: tuple[int, int]) -> Origin:
@@ -296,7 +295,7 @@ def test_stored_weights_are_compared_as_they_are_turned(llama: Exported, tmp_pat
     stored = write_stored(tmp_path, llama.checkpoint, right)
     assert check_stored([stored], llama.checkpoint) == 32 * 64 * 2
     wrong = replace(stored, origin=square_origin(llama.checkpoint, (1, 0), (0, 1)))
-    with pytest.raises(VerificationError, match=r"model\.onnx\.data: packed is not what"):
+    with pytest.raises(VerificationError, match=r"model\.onnx\.data: .*q_proj\.weight is not what"):
         check_stored([wrong], llama.checkpoint)
 
 
@@ -308,20 +307,11 @@ def test_stored_weights_that_are_cut_off_or_changed(llama: Exported, tmp_path: P
     with pytest.raises(VerificationError, match=r"is not what the checkpoint gives"):
         check_stored([stored], llama.checkpoint)
     stored.path.write_bytes(content[:-2])
-    with pytest.raises(VerificationError, match=r"ends before packed does"):
+    with pytest.raises(VerificationError, match=r"ends before .*q_proj\.weight does"):
         check_stored([stored], llama.checkpoint)
     stored.path.write_bytes(b"")
-    with pytest.raises(VerificationError, match=r"ends before packed does"):
+    with pytest.raises(VerificationError, match=r"ends before .*q_proj\.weight does"):
         check_stored([stored], llama.checkpoint)
-
-
-def test_the_origin_of_a_tensor_as_it_lies() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((), (3,), (2, 3)):
-        values = torch.randn(shape, generator=generator)
-        tensor = LazyTensor("w", "F32", shape, lambda made=values: iter([made]))  # type: ignore[misc]
-        (piece,) = assemble(direct(tensor), {"w": tensor}, torch.float32)
-        assert torch.equal(piece, values.reshape(-1))
 
 
 def test_only_unpadded_places_are_compared(llama: Exported) -> None:
@@ -348,13 +338,3 @@ def test_equal_infinities_are_no_difference_and_others_are() -> None:
     assert difference("y", some, np.array([1.0, np.inf]))[0] == np.inf
     with pytest.raises(VerificationError, match="y: PyTorch gives NaN"):
         difference("y", some, np.array([1.0, np.nan]))
-
-
-def test_facts_of_a_file(llama: Exported, tmp_path: Path) -> None:
-    path = llama.graphs["decode"]
-    facts = facts_of(path)
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    assert sum(facts.operators.values()) == len(nodes)
-    assert facts.operators["MatMul"] > 10
-    copy = shutil.copy(path, tmp_path / "copy.onnx")
-    assert facts_of(Path(copy)) == facts

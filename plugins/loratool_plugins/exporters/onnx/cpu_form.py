@@ -118,7 +118,12 @@ def _widen(model: onnx.ModelProto) -> None:
     casts = []
     given = {value.name for value in graph.input}
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16 and tensor.name not in given:
+        if tensor.data_type != TensorProto.BFLOAT16:
+            continue
+        if tensor.name in given:  # what an optional input is if it is not given
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        else:
             name = tensor.name
             tensor.name = f"{name}.stored"
             casts.append(make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))

@@ -200,7 +200,7 @@ class PieceSession:
     pieces: Sequence[Piece]
     threads: int = 0
     remark: str = ""
-    _sessions: dict[int, ort.InferenceSession] = field(default_factory=dict)
+    _sessions: dict[tuple[int, frozenset[str]], ort.InferenceSession] = field(default_factory=dict)
 
     def get_inputs(self) -> Sequence[Any]:
         """The inputs of the whole model."""
@@ -234,14 +234,15 @@ class PieceSession:
         return [values[name] for name in names or returned]
 
     def _session(self, number: int, given: Mapping[str, Any]) -> ort.InferenceSession:
-        if number not in self._sessions:
+        key = number, frozenset(given)  # optional inputs may be given the next time
+        if key not in self._sessions:
             types = {name: np_dtype_to_tensor_dtype(value.dtype) for name, value in given.items()}
             content = piece_model(self.model, self.pieces[number], types).SerializeToString()
             options = _options(self.threads, frugal=True)
             options.add_session_config_entry(_FOLDER, str(self.folder))
             label = f"piece {number + 1} of {len(self.pieces)}"
-            self._sessions[number] = _open(content, label, options, [CPU], frugal=True)
-        return self._sessions[number]
+            self._sessions[key] = _open(content, label, options, [CPU], frugal=True)
+        return self._sessions[key]
 
 
 def _release() -> None:

@@ -34,6 +34,7 @@ from loratool_plugins.exporters.onnx.sessions import (
     Arrays,
     Session,
     open_bounded,
+    remark,
     require_device,
     shortfall,
 )
@@ -118,7 +119,10 @@ def verify_export(
             )
             for label, path in adapters.items()
         }
-    return Verification(data, (missing,) if missing else ())
+    rewritten = sorted({text for text in map(remark, sessions.values()) if text})
+    if rewritten:
+        data["rewritten_for_cpu"] = rewritten
+    return Verification(data, tuple(filter(None, (missing, *rewritten))))
 
 
 def _compare(
