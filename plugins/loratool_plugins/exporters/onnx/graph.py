@@ -7,7 +7,7 @@ and pack; afterwards each initializer tells which tensors it is made of.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from loratool.errors import InputError
 from loratool.quiet import quiet, shorten
 from loratool.shell import Shell
 from loratool_plugins.exporters.onnx.fingerprints import Fingerprints, lazily
-from loratool_plugins.exporters.onnx.stages import WAY_OUT, Stage, name_graph
+from loratool_plugins.exporters.onnx.stages import WAY_OUT, Stage, loosened, name_graph
 from loratool_plugins.exporters.onnx.weights import Graph
 
 # "as traced" keeps weights as they lie in the checkpoint; "standard" optimises with the operators
@@ -88,7 +88,8 @@ def _graph(stage: Stage, prints: Fingerprints, model: ir.Model) -> Graph:
 def _export(
     shell: Shell, stage: Stage, prints: Fingerprints, form: Form, opset: int, used: set[str]
 ) -> ir.Model:
-    def settings(shapes: Mapping[str, Any] | None) -> OnnxConfig:
+    def settings(stage: Stage) -> OnnxConfig:
+        shapes = stage.dynamic_shapes
         return OnnxConfig(
             dynamic=True,
             dynamic_shapes=dict(shapes) if shapes is not None else None,
@@ -101,12 +102,11 @@ def _export(
         with quiet(), lazily(prints), _noting(used, prints), _rotating_by_positions(stage):
             exporter = OnnxExporter()
             try:
-                named = settings(stage.dynamic_shapes)
-                exported = exporter.export(stage.module, dict(stage.inputs), named)
+                exported = exporter.export(stage.module, dict(stage.inputs), settings(stage))
             except torch._dynamo.exc.UserError:
                 # Axes that are related in a way that names cannot state are left to be found.
-                found = settings(_unnamed(stage.dynamic_shapes))
-                exported = exporter.export(stage.module, dict(stage.inputs), found)
+                free = settings(loosened(stage))
+                exported = exporter.export(stage.module, dict(stage.inputs), free)
     except Exception as error:
         raise InputError(
             f"{shell.architecture}: transformers cannot export it to ONNX ({stage.name}): "
@@ -136,15 +136,6 @@ def _rotating_by_positions(stage: Stage) -> Iterator[None]:
         yield
     finally:
         fusions._STEPS = steps
-
-
-def _unnamed(shapes: Any) -> Any:
-    """The same axes, their relations left to be found."""
-    if isinstance(shapes, Mapping):
-        return {key: _unnamed(value) for key, value in shapes.items()}
-    if isinstance(shapes, list | tuple):
-        return [_unnamed(value) for value in shapes]
-    return torch.export.Dim.AUTO if shapes is not None else None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from loratool.dtypes import FLOAT_NAMES
 from loratool.engine import run_facts
 from loratool.exporting import ExportJob
 from loratool.reports import counted, format_bytes
+from loratool.runtime import LORA_A, LORA_B
 from loratool.sources import Sources
 from loratool_plugins.exporters.onnx.graph import Traced
 from loratool_plugins.exporters.onnx.weights import Written
@@ -84,12 +85,13 @@ def lines(data: Mapping[str, Any]) -> tuple[str, ...]:
     """The facts for people, one a line."""
     found = data["verification"]
     rows = [f"{name}: {format_bytes(file['bytes'])}" for name, file in data["files"].items()]
+    whose = "swappable model" if data["swappable"] else "merged model"
     for name, graph in data["graphs"].items():
         prefix = "" if name == "model" else f"{name} "
         for kind in ("inputs", "outputs"):
             rows.append(f"{prefix}{kind}: {_signatures(graph[kind])}")
         rows.append(
-            f"{prefix}nodes: {graph['nodes']} in the merged model, {graph['base_nodes']} in the "
+            f"{prefix}nodes: {graph['nodes']} in the {whose}, {graph['base_nodes']} in the "
             f"base; {_FORMS.get(graph['form'], 'fused for ' + graph['form'])}"
         )
     rows.append(f"verified with ONNX Runtime on {', '.join(found['providers'])}")
@@ -124,16 +126,16 @@ def _differences(entry: Mapping[str, Any]) -> str:
     )
 
 
+# What there are many of: only the first is shown.
+_SERIES = ("past_key_values.", "present.", LORA_A, LORA_B)
+
+
 def _signatures(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Names, types and shapes; of a cache its first tensor alone."""
-    cached = [entry for entry in entries if _is_cached(entry["name"])]
-    shown = [entry for entry in entries if entry not in cached[1:]]
-    more = f" and {len(cached) - 1} more" if len(cached) > 1 else ""
+    """Names, types and shapes; of a cache and of factors the first tensor alone."""
+    many = [e for e in entries if e["name"].startswith(_SERIES) or e["name"].endswith(_SERIES)]
+    shown = [entry for entry in entries if entry not in many[1:]]
+    more = f" and {len(many) - 1} more like it" if len(many) > 1 else ""
     return ", ".join(map(_signature_text, shown)) + more
-
-
-def _is_cached(name: str) -> bool:
-    return name.startswith(("past_key_values.", "present."))
 
 
 def _signature_text(entry: Mapping[str, Any]) -> str:
