@@ -147,7 +147,7 @@ def main() -> None:
         full = getattr(kind.config, kind.layers), kind.config.vocab_size
         layers = min(full[0], arguments.layers or scale.layers)
         words = min(full[1], scale.vocabulary)
-        folder = arguments.folder / f"{name}-{layers}-{words}"
+        folder = arguments.folder / f"{name}-{layers}-{words}-{arguments.provider}"
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {layers} of {full[0]} layers, {words} of {full[1]} words", flush=True)
         places = make(kind, folder, layers, words, arguments)
@@ -165,7 +165,13 @@ def make(
     """All ONNX folders of a model that are asked for, by name."""
     torch.manual_seed(arguments.seed)
     config = type(kind.config).from_dict(
-        {**kind.config.to_dict(), kind.layers: layers, "vocab_size": words}
+        {
+            **kind.config.to_dict(),
+            kind.layers: layers,
+            "vocab_size": words,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
     )
     base, lora, places = folder / "model", folder / "lora", {"base": folder / "base"}
     if not lora.exists():
@@ -174,14 +180,15 @@ def make(
             model.save_pretrained(base)
             save_lora(model, kind, lora, arguments.rank)
     wanted = arguments.contenders
-    export(places["base"], base, *kind.options)
+    options = ("--device", arguments.provider, "--dtype", "fp32", *kind.options)
+    export(places["base"], base, *options)
     if "merged" in wanted:
-        places["merged"] = export(folder / "merged", base, lora, *kind.options)
+        places["merged"] = export(folder / "merged", base, lora, *options)
     if "grafted" in wanted:
         graph = places["base"] / "model.onnx"
         places["grafted"] = export(folder / "grafted", base, lora, "--graft", graph)
     if "swappable" in wanted:
-        places["swappable"] = export(folder / "swappable", base, lora, "--swappable", *kind.options)
+        places["swappable"] = export(folder / "swappable", base, lora, "--swappable", *options)
     if "houlsby" in wanted:
         for name, bottleneck in (("plain", 0), ("houlsby", arguments.bottleneck)):
             places[name] = folder / name
@@ -190,7 +197,7 @@ def make(
                     model = kind.cls.from_pretrained(base).eval()
                 if bottleneck:
                     insert(model, kind.sublayers, config.hidden_size, bottleneck)
-                export_module(model, places[name], arguments.fusions)
+                export_module(model, places[name], arguments.provider)
     return places
 
 
@@ -219,8 +226,8 @@ def insert(model: PreTrainedModel, sublayers: Sequence[str], width: int, bottlen
         model.set_submodule(name, Houlsby(model.get_submodule(name), width, bottleneck))
 
 
-def export_module(model: PreTrainedModel, place: Path, fusions: str) -> None:
-    """Export a model by transformers, fused as loratool fuses it, with weights beside the graph."""
+def export_module(model: PreTrainedModel, place: Path, device: str) -> None:
+    """Export a model by transformers, fused for a device, with weights beside the graph."""
     ids = torch.randint(10, 100, (2, 7))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0  # all ones would make it no input
@@ -232,7 +239,7 @@ def export_module(model: PreTrainedModel, place: Path, fusions: str) -> None:
         dynamic=True,
         dynamic_shapes=dict.fromkeys(feeds, axes),
         optimize=True,
-        ort_fusions=None if fusions == "none" else fusions,
+        ort_fusions=device,
         opset_version=OPSET,
     )
     with quiet():
@@ -338,8 +345,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a model and shape")
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapter")
     parser.add_argument("--bottleneck", type=int, default=64, help="of the Houlsby adapters")
-    parser.add_argument("--fusions", choices=("none", "cpu", "cuda"), default="cpu")
-    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--provider", choices=("cpu", "cuda", "webgpu", "dml"), default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

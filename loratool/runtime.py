@@ -19,13 +19,14 @@ from typing import Any
 
 from loratool.errors import FormatError, InputError, MismatchError
 from loratool.json_files import MANIFEST, read_json
-from loratool.quiet import shorten
+from loratool.quiet import quiet, shorten
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 ADAPTER_SUFFIX = ".onnx_adapter"
 
-_ERRORS_ONLY = 3  # a severity; below it ONNX Runtime warns of every optional input
+# Severities; at warnings ONNX Runtime complains of every optional input.
+_WARNING, _ERROR, _FATAL = 2, 3, 4
 # Providers of GPUs -> what ONNX Runtime calls their memory.
 _GPUS = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
 _ARRAY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -322,14 +323,21 @@ def _open(path: Path, providers: Sequence[Any] | None, options: Any) -> _Graph:
 
     if options is None:
         options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _ERROR
     if providers is None:
         available = ort.get_available_providers()
         providers = [name for name in _GPUS if name in available] + ["CPUExecutionProvider"]
+        # That there is no CUDA here goes to the default logger, whatever the session's severity.
+        ort.set_default_logger_severity(_FATAL)
     try:
-        session = ort.InferenceSession(str(path), options, providers=list(providers))
+        with quiet():
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # finds CUDA where pip put it; prints if it is not there
+            session = ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         raise InputError(f"{path}: ONNX Runtime refuses it: {shorten(error)}") from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
     inputs, empty = {}, {}
     device = _device(session)
     for value in session.get_overridable_initializers():

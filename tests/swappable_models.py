@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loratool.quiet import quiet
 from loratool_plugins.exporters.onnx.inputs import sample_inputs
 from loratool_plugins.exporters.onnx.origins import Origin
 from loratool_plugins.exporters.onnx.origins import Part as Stretch
+from loratool_plugins.exporters.onnx.weights import Graph
 from tests.models import build, tiny_config
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -32,12 +33,11 @@ class Base:
 
     model: Any
     folder: Path
-    graph: ir.Model
-    origins: Mapping[str, Origin]
+    graph: Graph
     feeds: Arrays
 
     @property
-    def aliases(self) -> dict[str, list[str]]:
+    def tied(self) -> dict[str, list[str]]:
         """Tensor -> the names of all parameters that are it, in the model's order."""
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -63,7 +63,7 @@ def make_base(
     with quiet():
         graph = OnnxExporter().export(model, dict(feeds), config).program
     arrays = {name: feed.numpy() for name, feed in feeds.items()}
-    return Base(model, folder, graph, origins_of(graph, model), arrays)
+    return Base(model, folder, Graph("model", graph, origins_of(graph, model)), arrays)
 
 
 def origins_of(graph: ir.Model, model: Any) -> dict[str, Origin]:

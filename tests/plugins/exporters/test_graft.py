@@ -24,8 +24,8 @@ from loratool_plugins.exporters.onnx.base_graph import open_graph
 from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
 from loratool_plugins.exporters.onnx.grafts import check_name, graph_name
 from tests.lazy import adapter_of, lazy_tensor, replacement
-from tests.plugins.exporters import onnx_graphs as graphs
-from tests.plugins.exporters.onnx_graphs import Base
+from tests.plugins.exporters import graft_bases as graphs
+from tests.plugins.exporters.graft_bases import Base
 
 # name -> how the model is built, whether it is trained, and by which exporter.
 _BASES: dict[str, tuple[Callable[[], Any], str]] = {

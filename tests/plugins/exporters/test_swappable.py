@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,26 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, checker
 
+from loratool.application import Part as Bound
+from loratool.application import Rounding, apply_parts
 from loratool.errors import InputError, MismatchError
-from loratool_plugins.exporters.onnx.adapter_file import targets_of, write_adapters
+from loratool.opening import open_checkpoint
+from loratool.runtime import Session
+from loratool_plugins.exporters.onnx.adapter_file import add_slots, targets_of, write_adapters
+from loratool_plugins.exporters.onnx.graph import trace
 from loratool_plugins.exporters.onnx.origins import Origin, Part
+from loratool_plugins.exporters.onnx.preparation import prepare
 from loratool_plugins.exporters.onnx.swappable import (
     METADATA_KEY,
     Slot,
     adaptable,
     make_swappable,
 )
+from loratool_plugins.exporters.onnx.weights import Graph, write_weights
+from tests.models import build, tiny_config
 from tests.swappable_models import (
     Base,
     bound,
@@ -61,9 +71,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
 
 def swappable(base: Base, targets: Any = None) -> tuple[ir.Model, list[Slot]]:
-    model = base.graph.clone()
-    wanted = adaptable(model, base.origins) if targets is None else targets
-    return model, make_swappable(model, base.origins, wanted, base.aliases)
+    graph = replace(base.graph, model=base.graph.model.clone())
+    wanted = adaptable([graph]) if targets is None else targets
+    return graph.model, make_swappable([graph], wanted, base.tied)
 
 
 def outputs(path: Path, feeds: Any, adapter: Path | None = None) -> np.ndarray[Any, Any]:
@@ -87,12 +97,12 @@ def test_a_graph_with_factors_is_the_base_and_with_an_adapter_what_peft_computes
         rank_pattern={targets[0]: 2}, alpha_pattern={targets[1]: 11}, use_rslora=True,
     )  # fmt: skip
     model, slots = swappable(base)
-    ir.save(base.graph, tmp_path / "base.onnx")
+    ir.save(base.graph.model, tmp_path / "base.onnx")
     ir.save(model, tmp_path / "model.onnx")
     if "fused" not in kind:  # it does not know ONNX Runtime's own operators
         checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
 
-    (written,) = write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path)
+    (written,) = write_adapters([bound(base, trained)], slots, tmp_path)
 
     plain = outputs(tmp_path / "base.onnx", base.feeds)
     assert plain.tobytes() == outputs(tmp_path / "model.onnx", base.feeds).tobytes()
@@ -121,6 +131,19 @@ def test_the_graph_says_what_it_takes(make: Callable[[str], Base], tmp_path: Pat
     assert said["targets"][slot.target]["lora_A"] == [32, "r"]
 
 
+def test_without_adapters_all_weights_that_are_only_multiplied_by_are_meant(
+    make: Callable[[str], Base],
+) -> None:
+    graph = make("gpt2").graph
+
+    every, linear = adaptable([graph]), adaptable([graph], "linear")
+
+    assert set(every) - set(linear) == {"transformer.wpe.weight", "transformer.wte.weight"}
+    assert [name.rpartition("h.0.")[2] for name in linear] == [
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+    ]  # fmt: skip
+
+
 def test_no_two_targets_share_a_rank(make: Callable[[str], Base]) -> None:
     _, slots = swappable(make("llama"))
 
@@ -133,10 +156,10 @@ def test_embeddings_and_tied_heads_have_factors_of_their_own(
     base = make("gpt2")
     trained = make_adapter(base, tmp_path / "words", ["wte", "wpe"], ensure_weight_tying=True, r=3)
     part = bound(base, trained)
-    model, slots = swappable(base, targets_of([part], adaptable(base.graph, base.origins)))
+    model, slots = swappable(base, targets_of([part], adaptable([base.graph])))
     ir.save(model, tmp_path / "model.onnx")
 
-    write_adapters([part], slots, ir.DataType.FLOAT, tmp_path)
+    write_adapters([part], slots, tmp_path)
 
     kinds = {slot.target: (slot.kind, slot.turned) for slot in slots}
     assert kinds == {
@@ -149,12 +172,7 @@ def test_embeddings_and_tied_heads_have_factors_of_their_own(
     assert difference(found, merged, base.feeds) < 2e-5
 
 
-def _merged_logits(base: Base, part: Any) -> np.ndarray[Any, Any]:
-    import torch
-
-    from loratool.application import Rounding, apply_parts
-    from loratool.opening import open_checkpoint
-
+def _merged_logits(base: Base, part: Bound) -> np.ndarray[Any, Any]:
     applied = apply_parts(open_checkpoint(str(base.folder)), [part], None, Rounding(), False)
     state = {name: tensor.read() for name, tensor in applied.tensors.items()}
     model = type(base.model).from_pretrained(None, config=base.model.config, state_dict=state)
@@ -168,14 +186,70 @@ def test_a_weight_scales_an_adapter(make: Callable[[str], Base], tmp_path: Path)
     base = make("llama")
     trained = make_adapter(base, tmp_path / "code", ["o_proj"])
     part = bound(base, trained, -0.5)
-    model, slots = swappable(base, targets_of([part], adaptable(base.graph, base.origins)))
+    model, slots = swappable(base, targets_of([part], adaptable([base.graph])))
     ir.save(model, tmp_path / "model.onnx")
 
-    write_adapters([part], slots, ir.DataType.FLOAT, tmp_path)
+    write_adapters([part], slots, tmp_path)
 
     assert [slot.target for slot in slots] == ["model.layers.0.self_attn.o_proj"]
     found = outputs(tmp_path / "model.onnx", base.feeds, tmp_path / "code.onnx_adapter")
     assert difference(found, _merged_logits(base, part), base.feeds) < 2e-5
+
+
+_NO_GRAPH = Graph("", ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), {})
+
+
+def test_a_decoders_two_graphs_take_the_same_adapters(tmp_path: Path) -> None:
+    """Traced without weights and fused, with a cache, switched between adapters and none."""
+    model = build("LlamaForCausalLM", tiny_config("llama", num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "base")
+    random = np.random.default_rng(0)
+    ids, mask = random.integers(3, 60, (2, 7)), np.ones((2, 7), np.int64)
+    mask[1, :3] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    base = Base(model, tmp_path / "base", _NO_GRAPH, feeds)
+    trained = {
+        "math": make_adapter(base, tmp_path / "math", ["q_proj", "gate_proj", "lm_head"]),
+        "code": make_adapter(base, tmp_path / "code", ["v_proj"], r=2),
+    }
+    prepared = prepare(open_checkpoint(str(base.folder)), torch.float32, cache=True)
+    graphs = [
+        trace(prepared.shell, stage, prepared.prints, "cuda", 20).graph for stage in prepared.stages
+    ]
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    found = add_slots(graphs, prepared, [bound(base, t) for t in trained.values()], max_rank=4)
+    write_weights(graphs, prepared.tensors, folder / "model.onnx.data", lambda name: None)
+    for graph in graphs:
+        ir.save(graph.model, folder / f"{graph.name}.onnx")
+    write_adapters(found.parts, found.slots, folder, max_rank=4)
+
+    loaded = Session(folder)
+    assert loaded.graphs == ("decode", "prefill")
+    assert loaded.adapters == ("code", "math")
+    for name in ("math", "code", "math"):
+        loaded.set(name)
+        begun = loaded.run(
+            {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1],
+             "position_ids": positions[:, :-1]},
+            graph="prefill",
+        )  # fmt: skip
+        past = {
+            key.replace("present", "past_key_values"): value
+            for key, value in begun.items()
+            if key.startswith("present")
+        }
+        last = {"input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": positions[:, -1:]}
+        binding = loaded.bind(graph="decode")
+        for key, value in {**last, **past}.items():
+            binding.bind_cpu_input(key, np.ascontiguousarray(value))
+        binding.bind_output("logits")
+        loaded.session("decode").run_with_iobinding(binding)
+        logits = binding.copy_outputs_to_cpu()[0][:, -1]
+        expected = trained[name].expected[:, -1]
+        assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 # Forms of nodes, on their own.
@@ -232,7 +306,7 @@ def test_every_form_of_a_product_takes_factors(
     text = {np.float32: "float", np.float16: "float16"}[dtype]
     model = graph_of(nodes, weights, ",".join(map(str, axes)), text)
     ir.save(model, tmp_path / "base.onnx")
-    (slot,) = make_swappable(model, {"W": origin_of(weights["W"])}, ["w.weight"])
+    (slot,) = make_swappable([Graph("model", model, {"W": origin_of(weights["W"])})], ["w.weight"])
     ir.save(model, tmp_path / "model.onnx")
     random = np.random.default_rng(1)
     x = random.standard_normal([6 if axis == 6 else 3 for axis in axes]).astype(dtype)
@@ -253,7 +327,7 @@ def test_every_form_of_a_product_takes_factors(
 def test_a_packed_weight_has_a_pair_for_each_part(tmp_path: Path) -> None:
     model = graph_of("y = MatMul (x, W)", {"W": _W}, "n,6")
     origin = origin_of(_W, Part("q.weight", (1, 0), 5), Part("k.weight", (1, 0), 3), axis=1)
-    slots = make_swappable(model, {"W": origin}, ["k.weight"])
+    slots = make_swappable([Graph("model", model, {"W": origin})], ["k.weight"])
     ir.save(model, tmp_path / "model.onnx")
     x, a, b = np.ones((2, 6), "f"), np.full((6, 1), 0.5, "f"), np.full((1, 3), 2, "f")
 
@@ -273,14 +347,15 @@ def test_a_packed_weight_has_a_pair_for_each_part(tmp_path: Path) -> None:
 )
 def test_what_takes_no_factors_is_named_and_the_graph_left_alone(nodes: str, message: str) -> None:
     model = graph_of(nodes, {"W": _W}, "n,6")
+    graph = Graph("model", model, {"W": origin_of(_W)})
     before = ir.to_proto(model).SerializeToString()
 
     with pytest.raises(MismatchError, match=message) as caught:
-        make_swappable(model, {"W": origin_of(_W)}, ["w.weight", "other.weight"])
+        make_swappable([graph], ["w.weight", "other.weight"])
 
     assert "other.weight: no node of the graph uses it" in str(caught.value)
     assert ir.to_proto(model).SerializeToString() == before
-    assert adaptable(model, {"W": origin_of(_W)}) == ()
+    assert adaptable([graph]) == ()
 
 
 # Adapters that are none for this.
@@ -291,12 +366,16 @@ def test_other_kinds_of_update_are_refused_with_the_way_out(
 ) -> None:
     base = make("llama")
     make_adapter(base, tmp_path / "dora", ["q_proj"], use_dora=True, modules_to_save=["lm_head"])
+    make_adapter(base, tmp_path / "wide", ["q_proj"], r=9)
     _, slots = swappable(base)
+    parts = [bound(base, tmp_path / name) for name in ("dora", "wide")]
 
     with pytest.raises(MismatchError) as caught:
-        write_adapters([bound(base, tmp_path / "dora")], slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters(parts, slots, tmp_path, max_rank=8)
 
     message = str(caught.value)
+    assert f"{tmp_path / 'wide'} cannot be switched per call:" in message
+    assert "q_proj.weight: has rank 9, --max-rank allows 8" in message
     assert "q_proj.weight: DoRA update" in message
     assert "`loratool convert --to-lora --base BASE`" in message
     assert "lm_head.weight: tensor kept whole" in message
@@ -312,7 +391,7 @@ def test_a_rank_above_the_limit_is_refused_with_the_way_out(
     _, slots = swappable(base)
 
     with pytest.raises(MismatchError, match=r"v_proj.*has rank 9, --max-rank allows 8.*--rank 8"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path, max_rank=8)
+        write_adapters([bound(base, trained)], slots, tmp_path, max_rank=8)
 
 
 def test_an_update_that_the_graph_has_no_inputs_for_is_an_error(
@@ -323,7 +402,7 @@ def test_an_update_that_the_graph_has_no_inputs_for_is_an_error(
     _, slots = swappable(base, ["model.layers.0.self_attn.q_proj.weight"])
 
     with pytest.raises(MismatchError, match=r"v_proj.weight: the graph has no inputs"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters([bound(base, trained)], slots, tmp_path)
 
 
 def test_factors_that_overflow_fp16_are_an_error(
@@ -331,10 +410,10 @@ def test_factors_that_overflow_fp16_are_an_error(
 ) -> None:
     base = make("llama")
     trained = make_adapter(base, tmp_path / "huge", ["q_proj"], lora_alpha=1e12)
-    _, slots = swappable(base)
+    slots = [replace(slot, dtype=ir.DataType.FLOAT16) for slot in swappable(base)[1]]
 
     with pytest.raises(InputError, match=r"q_proj.weight: its factors overflow float16"):
-        write_adapters([bound(base, trained)], slots, ir.DataType.FLOAT16, tmp_path)
+        write_adapters([bound(base, trained)], slots, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +425,9 @@ def test_factors_have_the_type_of_the_graph(
 ) -> None:
     base = make("llama")
     trained = make_adapter(base, tmp_path / "half", ["q_proj"], lora_alpha=1e-3)
-    _, slots = swappable(base)
+    slots = [replace(slot, dtype=dtype) for slot in swappable(base)[1]]
 
-    write_adapters([bound(base, trained)], slots, dtype, tmp_path)
+    write_adapters([bound(base, trained)], slots, tmp_path)
 
     path = str(tmp_path / "half.onnx_adapter")
     values = ort.AdapterFormat.read_adapter(path).get_parameters()
@@ -371,4 +450,4 @@ def test_two_adapters_of_one_name_are_an_error(make: Callable[[str], Base], tmp_
     _, slots = swappable(base)
 
     with pytest.raises(MismatchError, match="both called math: rename one"):
-        write_adapters(parts, slots, ir.DataType.FLOAT, tmp_path)
+        write_adapters(parts, slots, tmp_path)

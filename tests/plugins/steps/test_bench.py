@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,24 @@ def bench(*models: Path, **options: Any) -> Report:
     return loratool.bench(models, **{**QUICK, **options})
 
 
-def write_adapter(path: Path, layers: int = 2, rank: int = 3) -> Path:
-    values = {}
-    for layer in range(layers):
-        for side, shape in (("A", (WIDTH, rank)), ("B", (rank, WIDTH))):
-            array = np.ones(shape, np.float32)
-            values[f"lora_{side}.{layer}"] = ort.OrtValue.ortvalue_from_numpy(array)
+def write_adapter(
+    path: Path, layers: int = 2, values: Mapping[str, tuple[int, int]] | None = None
+) -> Path:
+    """An adapter of rank 3 with the shapes that every layer has, or other ones."""
+    shapes = values or {
+        f"lora_{side}.{layer}": shape
+        for layer in range(layers)
+        for side, shape in (("A", (WIDTH, 3)), ("B", (3, WIDTH)))
+    }
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
-    adapter.set_parameters(values)
+    adapter.set_parameters(
+        {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ones(shape, np.float32))
+            for name, shape in shapes.items()
+        }
+    )
     adapter.export_adapter(str(path))
     return path
 
@@ -231,8 +239,20 @@ def test_a_decode_graph_computes_one_token_after_others(tmp_path: Path, no_loads
     report = bench(tmp_path / "one", tmp_path / "two", shape=("2x6", "1x3+5"))
     found = [(r["stage"], r["batch"], r["sequence"], r["past"]) for r in report.data["results"]]
     assert found == [
-        ("decode", 2, 1, 6), ("decode", 1, 3, 5), ("prefill", 2, 6, 0), ("prefill", 1, 3, 5),
+        ("prefill", 2, 6, 0), ("prefill", 1, 3, 5), ("decode", 2, 1, 6), ("decode", 1, 3, 5),
     ]  # fmt: skip
+
+
+def test_a_past_is_for_the_graphs_with_a_cache(tmp_path: Path, no_loads: None) -> None:
+    write_cached_model(tmp_path, "decode.onnx")
+    write_text_model(tmp_path, name="prefill.onnx")
+    report = bench(tmp_path, shape=("2x6", "1x1+5"))
+    found = [(r["stage"], r["sequence"], r["past"]) for r in report.data["results"]]
+    assert found == [("prefill", 6, None), ("decode", 1, 6), ("decode", 1, 5)]
+    (model,) = report.data["models"]  # both graphs together, as `no_loads` gives them
+    assert (model["load_seconds"], model["private_bytes"], model["peak_bytes"]) == (
+        1.0, 2 << 20, 3 << 20,
+    )  # fmt: skip
 
 
 def test_a_stage_that_only_one_has_is_left_out_and_told(tmp_path: Path) -> None:
@@ -261,11 +281,11 @@ def test_inputs_follow_the_signature(tmp_path: Path) -> None:
     ]
     path = write_text_model(tmp_path, inputs=inputs)
     (tmp_path / "config.json").write_text('{"vision_config": {"image_size": 16}}')
-    found = feeds(path, Extent(2, 5, 3), vocabulary=20)
+    found = feeds(path, Extent(2, 5, 3, 7), vocabulary=20)
     assert {name: array.shape for name, array in found.items()} == {
         "input_ids": (2, 5), "attention_mask": (2, 8), "token_type_ids": (2, 5),
         "position_ids": (2, 5), "past_key_values.0.key": (2, 4, 3, 8),
-        "past_key_values.0.encoder.key": (2, 4, 5, 8), "pixel_values": (2, 3, 16, 16),
+        "past_key_values.0.encoder.key": (2, 4, 7, 8), "pixel_values": (2, 3, 16, 16),
         "use_cache_branch": (1,),
     }  # fmt: skip
     assert found["input_ids"].dtype == np.int64 and found["input_ids"].max() < 20
@@ -273,7 +293,7 @@ def test_inputs_follow_the_signature(tmp_path: Path) -> None:
     assert found["attention_mask"].all() and not found["token_type_ids"].any()
     assert found["position_ids"].tolist() == [[3, 4, 5, 6, 7]] * 2
     assert found["past_key_values.0.key"].dtype == np.float16
-    again = feeds(path, Extent(2, 5, 3), vocabulary=20)
+    again = feeds(path, Extent(2, 5, 3, 7), vocabulary=20)
     assert all(np.array_equal(found[name], again[name]) for name in found)
 
 
@@ -287,10 +307,10 @@ def test_ids_are_below_what_config_or_graph_allow(tmp_path: Path) -> None:
 
 def test_what_a_shape_means() -> None:
     assert parse_shapes(["32x512", " 1X1+7 "]) == [Shape(32, 512), Shape(1, 1, 7)]
-    assert extent(Shape(4, 9), True, "decode") == Extent(4, 1, 9)
-    assert extent(Shape(4, 9), True, "prefill") == Extent(4, 9, 0)
-    assert extent(Shape(4, 9), False, "model") == Extent(4, 9, 0)
-    assert extent(Shape(4, 9, 2), True, "decode") == Extent(4, 9, 2)
+    assert extent(Shape(4, 9), True, "decode") == Extent(4, 1, 9, 9)
+    assert extent(Shape(4, 9), True, "prefill") == Extent(4, 9, 0, 9)
+    assert extent(Shape(4, 9), False, "model") == Extent(4, 9, 0, 9)
+    assert extent(Shape(4, 9, 2), True, "decode") == Extent(4, 9, 2, 9)
 
 
 def test_what_cannot_be_made_up_is_named_and_can_be_given(tmp_path: Path, no_loads: None) -> None:
@@ -376,7 +396,7 @@ def test_shapes_that_a_graph_cannot_take(tmp_path: Path, no_loads: None) -> None
         bench(tmp_path / "m", vocab=10 * VOCABULARY)
 
 
-def test_adapters_that_nobody_takes(tmp_path: Path) -> None:
+def test_adapters_that_nobody_takes(tmp_path: Path, no_loads: None) -> None:
     base = write_text_model(tmp_path / "base").parent
     swappable = write_text_model(tmp_path / "swap", lora=True).parent
     adapter = write_adapter(tmp_path / "a.onnx_adapter")
@@ -385,6 +405,10 @@ def test_adapters_that_nobody_takes(tmp_path: Path) -> None:
     deeper = write_adapter(tmp_path / "deep.onnx_adapter", layers=3)
     with pytest.raises(MismatchError, match=r"does not belong to .*no input lora_A\.2"):
         bench(swappable, adapter=[deeper])
+    values = {"lora_A.0": (WIDTH + 1, 3), "lora_B.0": (3, WIDTH)}
+    wrong = write_adapter(tmp_path / "wrong.onnx_adapter", values=values)
+    with pytest.raises(InputError, match="cannot run --shape 2x4"):  # so it is really bound
+        bench(swappable, adapter=[wrong])
     with pytest.raises(InputError, match="no such file"):
         bench(swappable, adapter=[tmp_path / "none"])
     with pytest.raises(FormatError, match=r"is no .onnx_adapter file"):

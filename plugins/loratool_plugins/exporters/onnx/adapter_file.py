@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,95 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from loratool.application import Part, load_added
+from loratool.application import Part, bind_part, load_added
 from loratool.binding import BoundUpdate
+from loratool.checkpoint import Checkpoint
 from loratool.errors import (
     InputError,
     MismatchError,
     Problem,
     VerificationError,
-    raise_problems,
+    grouped,
 )
 from loratool.lowrank import balanced
 from loratool.quiet import shorten
 from loratool.runtime import ADAPTER_SUFFIX
 from loratool.updates import FACTORABLE, KIND_NAMES, NEED_BASE, LowRank
-from loratool_plugins.exporters.onnx.swappable import Slot
+from loratool_plugins.exporters.onnx.preparation import Prepared
+from loratool_plugins.exporters.onnx.swappable import Slot, adaptable, make_swappable
+from loratool_plugins.exporters.onnx.weights import Graph
 
 # The version that files are given where nobody asks for another one; ONNX Runtime ignores it.
 _VERSION = 1
 _FP32_BYTES = 4
+_BFLOAT16 = ir.DataType.BFLOAT16
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a `--swappable` export has.
+
+    Attributes:
+        slots: the optional inputs of its graphs.
+        parts: the adapters, bound to the tensors that the graphs are made of.
+    """
+
+    slots: Sequence[Slot] = ()
+    parts: Sequence[Part] = ()
+
+
+def add_slots(
+    graphs: Sequence[Graph], prepared: Prepared, parts: Sequence[Part], max_rank: int | None = None
+) -> Swapped:
+    """Make the graphs of a base swappable for adapters; to be done before the graphs are saved.
+
+    Args:
+        graphs: as they were traced; changed in place.
+        prepared: the model that they are of, without any of the adapters.
+        parts: adapters bound to the base. Without any, the graphs get inputs for all weights that
+            they multiply by and do nothing else with.
+        max_rank: the largest rank that is allowed.
+
+    Raises:
+        MismatchError: an adapter has updates that are no plain LoRA, or of too high a rank, or of
+            tensors that the graphs use in a way that nothing can be added to. All are listed, and
+            the graphs are as they were.
+    """
+    adapter_names(parts)
+    parts = [_rebound(part, prepared.tensors) for part in parts]
+    _require({part.adapter.label: refusals(part, max_rank) for part in parts})
+    known = adaptable(graphs)
+    targets = targets_of(parts, known) if parts else adaptable(graphs, "linear")
+    names: dict[str, list[str]] = {}
+    for name, tensor in prepared.first_names.items():
+        names.setdefault(tensor, []).append(name)
+    return Swapped(make_swappable(graphs, targets, names), parts)
+
+
+def _rebound(part: Part, tensors: Checkpoint) -> Part:
+    """The adapter bound to a checkpoint under the names in memory, where these are others."""
+    if all(name in tensors for name in part.binding.changed):
+        return part
+    return bind_part(part.adapter, part.weight, tensors)
+
+
+def _require(problems: Mapping[str, Sequence[Problem]]) -> None:
+    """Raise one MismatchError of everything that is wrong with adapters, by their labels."""
+    lines = []
+    for label, found in problems.items():
+        if found:
+            lines += [f"{label} cannot be switched per call:", *(f"  {t}" for t in grouped(found))]
+    if lines:
+        raise MismatchError("\n".join(lines))
 
 
 def targets_of(parts: Sequence[Part], known: Collection[str]) -> list[str]:
-    """The tensors of the base that the adapters change, for `make_swappable`.
+    """The tensors that adapters change, for `make_swappable`.
 
     Args:
         parts: adapters bound to the base.
-        known: tensors that the graph has. Of a tied parameter that the base stores twice, only
-            the copy in the graph counts.
+        known: tensors that the graphs have. Of a tied parameter that the base stores twice, only
+            the copy in the graphs counts.
     """
     found: dict[str, None] = {}
     for part in parts:
@@ -119,16 +182,18 @@ def adapter_names(parts: Sequence[Part]) -> list[str]:
 
 
 def _name(part: Part) -> str:
-    path = part.adapter.path
-    if path is None:
+    """The folder's or file's name; of the Hub's `org/name@revision`, the middle part."""
+    if part.adapter.path is None:
         return "adapter"
-    return path.stem if path.is_file() else path.resolve().name
+    path = Path(part.adapter.label).resolve()
+    if part.adapter.label != str(part.adapter.path):
+        path = path.with_name(path.name.partition("@")[0])
+    return path.stem if part.adapter.path.is_file() else path.name
 
 
 def write_adapters(
     parts: Sequence[Part],
     slots: Sequence[Slot],
-    dtype: ir.DataType,
     folder: Path,
     max_rank: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -137,7 +202,6 @@ def write_adapters(
     Args:
         parts: adapters bound to the base, each with its weight.
         slots: the inputs that the graphs have.
-        dtype: of these inputs.
         folder: an existing directory.
         max_rank: the largest rank that is allowed.
 
@@ -152,13 +216,11 @@ def write_adapters(
         VerificationError: a file does not read back as what was written.
     """
     names = adapter_names(parts)
-    for part in parts:
-        raise_problems(
-            f"{part.adapter.label} cannot be switched per call:",
-            [*refusals(part, max_rank), *_homeless(part, slots)],
-        )
+    _require(
+        {part.adapter.label: [*refusals(part, max_rank), *_homeless(part, slots)] for part in parts}
+    )
     return [
-        write_adapter(part, slots, dtype, folder / f"{name}{ADAPTER_SUFFIX}", max_rank)
+        write_adapter(part, slots, folder / f"{name}{ADAPTER_SUFFIX}", max_rank)
         for part, name in zip(parts, names, strict=True)
     ]
 
@@ -166,7 +228,6 @@ def write_adapters(
 def write_adapter(
     part: Part,
     slots: Sequence[Slot],
-    dtype: ir.DataType,
     path: Path,
     max_rank: int | None = None,
 ) -> dict[str, Any]:
@@ -181,14 +242,15 @@ def write_adapter(
             continue
         if not isinstance(found, LowRank):
             raise InputError(f"{bound.update.origin}: {bound.update.name}: is no plain LoRA")
-        raise_problems(f"{part.adapter.label}:", _above(bound.update.name, found.rank, max_rank))
+        above = list(_above(bound.update.name, found.rank, max_rank))
+        _require({part.adapter.label: above})
         label = f"{bound.update.origin or part.adapter.label}: {bound.update.name}"
-        a, b = factors(found, part.weight, slot, dtype, label)
+        a, b = factors(found, part.weight, slot, label)
         arrays |= {slot.a: a, slot.b: b}
         ranks.append(found.rank)
     if not arrays:
         raise InputError(f"{part.adapter.label}: changes nothing: there are no factors to write")
-    _export(arrays, dtype, path)
+    _export(arrays, path)
     return {
         "adapter": part.adapter.label,
         "file": path.name,
@@ -200,7 +262,7 @@ def write_adapter(
 
 
 def factors(
-    update: LowRank, weight: float, slot: Slot, dtype: ir.DataType, label: str
+    update: LowRank, weight: float, slot: Slot, label: str
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """An update of a tensor as it is stored, in the layout of a slot.
 
@@ -211,7 +273,6 @@ def factors(
         update: of the tensor, as the checkpoint stores it.
         weight: of the adapter.
         slot: what it is for.
-        dtype: of the graph.
         label: what errors call it.
 
     Returns:
@@ -222,9 +283,9 @@ def factors(
     """
     a, b = (update.a.T, update.b.T) if slot.turned else (update.b, update.a)
     a, b = a.double(), b.double() * (weight * update.scale)
-    if dtype.itemsize < _FP32_BYTES:
+    if slot.dtype.itemsize < _FP32_BYTES:
         b, a = balanced(b, a)
-    return _cast(a, dtype, label), _cast(b, dtype, label)
+    return _cast(a, slot.dtype, label), _cast(b, slot.dtype, label)
 
 
 def _cast(factor: torch.Tensor, dtype: ir.DataType, label: str) -> np.ndarray[Any, Any]:
@@ -247,10 +308,10 @@ def _homeless(part: Part, slots: Sequence[Slot]) -> list[Problem]:
     ]
 
 
-def _export(arrays: Mapping[str, np.ndarray[Any, Any]], dtype: ir.DataType, path: Path) -> None:
+def _export(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
     """Write a file beside its place, read it back, and put it there."""
     draft = path.with_name(f".{path.name}")
-    values = {name: _value(array, dtype) for name, array in arrays.items()}
+    values = {name: _value(array) for name, array in arrays.items()}
     written = ort.AdapterFormat()
     written.set_adapter_version(_VERSION)
     written.set_model_version(_VERSION)
@@ -265,10 +326,10 @@ def _export(arrays: Mapping[str, np.ndarray[Any, Any]], dtype: ir.DataType, path
         draft.unlink(missing_ok=True)
 
 
-def _value(array: np.ndarray[Any, Any], dtype: ir.DataType) -> ort.OrtValue:
-    if dtype == ir.DataType.BFLOAT16:  # numpy has no such type of its own
+def _value(array: np.ndarray[Any, Any]) -> ort.OrtValue:
+    if array.dtype == _BFLOAT16.numpy():  # numpy has no such type of its own
         bits = array.view(np.uint16)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype.value)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16.value)
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
@@ -294,5 +355,5 @@ def _check(draft: Path, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -
 def _equal(stored: Any, array: np.ndarray[Any, Any]) -> bool:
     """Whether the values are the same; numpy cannot take bf16 out again: its type is compared."""
     if stored.data_type() == "tensor(bfloat16)":
-        return bool(array.dtype == ir.DataType.BFLOAT16.numpy())
+        return bool(array.dtype == _BFLOAT16.numpy())
     return np.array_equal(stored.numpy(), array)

@@ -76,8 +76,7 @@ def compare(session: Session, feed: Mapping[str, Any], reference: Arrays) -> Com
     Args:
         session: the model.
         feed: tensors or arrays by name; those that the model does not take are left out.
-        reference: PyTorch's outputs; those that the model does not have are left out if the model
-            says that they are no results of its (see below).
+        reference: PyTorch's outputs, by the same names.
 
     Raises:
         VerificationError: the outputs' names or shapes differ, or NaN is among them.

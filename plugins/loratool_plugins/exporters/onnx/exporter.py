@@ -24,7 +24,12 @@ from loratool.reports import Report
 from loratool.shell import load_class
 from loratool.writer import write_file, write_side_files
 from loratool_plugins.exporters.onnx import report
-from loratool_plugins.exporters.onnx.adapter_file import targets_of, write_adapters
+from loratool_plugins.exporters.onnx.adapter_file import (
+    Swapped,
+    add_slots,
+    refusals,
+    write_adapters,
+)
 from loratool_plugins.exporters.onnx.comparing import TOLERANCES
 from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
 from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
@@ -32,18 +37,13 @@ from loratool_plugins.exporters.onnx.grafts import graph_name
 from loratool_plugins.exporters.onnx.graph import Form, Traced, count_operators, trace
 from loratool_plugins.exporters.onnx.linking import link_weights
 from loratool_plugins.exporters.onnx.preparation import Prepared, prepare
-from loratool_plugins.exporters.onnx.swappable import Slot, adaptable, make_swappable
+from loratool_plugins.exporters.onnx.swappable import describe
 from loratool_plugins.exporters.onnx.verify import verify_export
 from loratool_plugins.exporters.onnx.weights import Block, Graph, Written, write_weights
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_IR_TYPES = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
 # The end of a class name -> what pipelines call its task.
 _TASKS = {
     "ForMaskedLM": "fill-mask",
@@ -101,6 +101,9 @@ class Onnx:
                 return [_error(name, message)]
         if (checkpoint.config or {}).get("quantization_config"):
             problems.append(_error("quantization_config", "export the unquantized model"))
+        if job.options.swappable:
+            for part in job.parts:
+                problems += refusals(part, job.options.max_rank)
         for name, tensor in checkpoint.items():
             if tensor.dtype not in _READABLE and name.endswith((".weight", ".bias")):
                 found = _error(name, "dequantize it first", "a float type", tensor.dtype)
@@ -121,16 +124,17 @@ class Onnx:
         prepared = prepare(job.merged, _TYPES[options.chosen_dtype], options.cache, options.module)
         traced = self._trace(prepared, options, progress)
         graphs = [found.graph for found in traced]
-        slots = make_graphs_swappable(graphs, prepared, job) if options.swappable else []
+        operators = self._compare_with_base(job, prepared, traced, progress)
+        swapped = Swapped()
+        if options.swappable:
+            swapped = add_slots(graphs, prepared, job.parts, options.max_rank)
+            operators["merged"] = {graph.name: count_operators(graph.model) for graph in graphs}
         with single_threaded_tasks():
             written = _write(job.merged, prepared, graphs, options, dest, progress)
-            adapters = write_adapters(
-                job.parts, slots, _IR_TYPES[options.chosen_dtype], dest, options.max_rank
-            )
+            adapters = write_adapters(swapped.parts, swapped.slots, dest, options.max_rank)
         for graph in graphs:
             ir.save(graph.model, dest / f"{graph.name}.onnx")
         genai = _write_genai(job, prepared, dest)
-        operators = self._compare_with_base(job, prepared, traced, progress)
         progress("comparing with PyTorch")
         tolerance = TOLERANCES[options.chosen_dtype]
         if self.tolerance:
@@ -148,6 +152,7 @@ class Onnx:
             "linked": options.link,
             "genai": genai,
             **report.describe(traced, operators, prepared.sources, written, dest),
+            "swappable": describe(swapped.slots) if options.swappable else None,
             "adapters": adapters,
             "verification": dict(found.data),
             "run": report.describe_run(time.monotonic() - started),
@@ -251,27 +256,6 @@ def _write(
     )
     files = dict.fromkeys((*(block.path for block in linked), *written.files))
     return replace(written, blocks=(*linked, *written.blocks), files=tuple(files))
-
-
-def make_graphs_swappable(
-    graphs: Sequence[Graph], prepared: Prepared, job: ExportJob
-) -> list[Slot]:
-    """Give all graphs the same optional inputs: for what the adapters change, or for everything.
-
-    Raises:
-        MismatchError: an adapter changes what no factors can be added to.
-    """
-    aliases: dict[str, list[str]] = {}
-    for name, key in prepared.first_names.items():
-        aliases.setdefault(key, []).append(name)
-    slots: dict[Slot, None] = {}
-    for graph in graphs:
-        known = {key for origin in graph.origins.values() for key in origin.keys}
-        targets = targets_of(job.parts, known) or adaptable(graph.model, graph.origins)
-        # An encoder or a decoder alone has but some of them.
-        here = [name for name in targets if name in known or len(graphs) == 1]
-        slots |= dict.fromkeys(make_swappable(graph.model, graph.origins, here, aliases))
-    return list(slots)
 
 
 def _write_genai(job: ExportJob, prepared: Prepared, dest: Path) -> dict[str, str]:

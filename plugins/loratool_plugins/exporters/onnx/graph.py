@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from transformers.exporters import onnxruntime_fusions
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from loratool.errors import InputError
@@ -96,7 +98,7 @@ def _export(
         )
 
     try:
-        with quiet(), lazily(prints), _noting(used, prints):
+        with quiet(), lazily(prints), _noting(used, prints), _rotating_by_positions(stage):
             exporter = OnnxExporter()
             try:
                 named = settings(stage.dynamic_shapes)
@@ -112,6 +114,28 @@ def _export(
         ) from error
     program: ir.Model = exported.program
     return program
+
+
+@contextmanager
+def _rotating_by_positions(stage: Stage) -> Iterator[None]:
+    """Keep the rotary embedding of a prompt out of GroupQueryAttention for the CPU.
+
+    ONNX Runtime's kernel counts the positions of a prompt itself, padding on the left included,
+    whatever position_ids say: its logits are right, and its cache is not the one that the decode
+    graph goes on with.
+    """
+    fusions: Any = onnxruntime_fusions
+    steps = fusions._STEPS
+    fuse = fusions._fuse_group_query_attention
+    if stage.name == "prefill":
+        fusions._STEPS = tuple(
+            (partial(fuse, rotary=False) if step is fuse else step, providers)
+            for step, providers in steps
+        )
+    try:
+        yield
+    finally:
+        fusions._STEPS = steps
 
 
 def _unnamed(shapes: Any) -> Any:

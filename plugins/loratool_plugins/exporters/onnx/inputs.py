@@ -84,6 +84,7 @@ def sample_inputs(cls: Any, config: Any, batch: int, sequence: int, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     sequence = _within_limit(config, sequence)
     ids, mask = _text(config, batch, sequence, generator)
+    _end(ids, mask, config)
     segments = torch.zeros_like(ids)
     segments[:, sequence // 2 :] = 1
     made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
@@ -152,10 +153,16 @@ def _reader(
         made[SAMPLES] = made[SAMPLES].to(dtype)
     else:
         raise ValueError(f"samples of {main} are not known")
-    if config.is_encoder_decoder and stage == "model" and accepts(cls, "decoder_input_ids"):
+    if config.is_encoder_decoder and stage == "model" and _wants_decoder_tokens(cls):
         length = _within_limit(config, max(2, sizes.sequence // 2))
         made["decoder_input_ids"] = _tokens(config, batch, length, generator)
     return made
+
+
+def _wants_decoder_tokens(cls: Any) -> bool:
+    """Whether an encoder-decoder needs tokens for its decoder; heads give it the encoder's."""
+    heads = ("Classification", "QuestionAnswering")
+    return accepts(cls, "decoder_input_ids") and not cls.__name__.endswith(heads)
 
 
 def _decoder(
@@ -238,6 +245,15 @@ def _text(
         mask[row, slice(0, sequence - kept) if left else slice(kept, None)] = 0
     ids[mask == 0] = _pad(config.get_text_config())
     return ids, mask
+
+
+def _end(ids: torch.Tensor, mask: torch.Tensor, config: Any) -> None:
+    """Put the end token after each text and nowhere else: some heads look for it."""
+    text = config.get_text_config()
+    end = getattr(text, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < text.vocab_size and end != _pad(text):
+        ids[ids == end] = next(token for token in range(3) if token not in (end, _pad(text)))
+        ids[torch.arange(len(ids)), mask.sum(1) - 1] = end
 
 
 def _tokens(config: Any, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:

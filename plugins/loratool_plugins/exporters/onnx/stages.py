@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.exporters.exporter_onnx import use_experts_implementation
 from transformers.exporters.utils import apply_patches, get_leaf_tensors, is_multimodal
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -106,6 +107,24 @@ def stages_of(shell: Shell, cache: bool = True) -> tuple[Stage, ...]:
     elif layers := cache_layers(shell, model):
         return (_stage("prefill", model, model, ()), _stage("decode", model, model, layers))
     return (_stage("model", model, model, ()),)
+
+
+def loosened(stage: Stage) -> Stage:
+    """The same stage with axes that torch.export may relate to each other as it finds them.
+
+    For models of which it says with named axes that constraints are violated (a UserError): it
+    cannot prove then what the model needs of an axis for all of its sizes. An axis that cannot vary
+    is an error still.
+    """
+    free = torch.export.Dim.DYNAMIC
+
+    def loosen(shape: Any) -> Any:
+        if isinstance(shape, Mapping):
+            return dict.fromkeys(shape, free)
+        return [loosen(one) for one in shape]
+
+    shapes = stage.dynamic_shapes or {}
+    return replace(stage, dynamic_shapes={name: loosen(shape) for name, shape in shapes.items()})
 
 
 def sample_of(stage: Stage, sizes: Sizes, seed: int) -> dict[str, Any]:
@@ -278,6 +297,7 @@ def cache_layers(shell: Shell, module: torch.nn.Module) -> tuple[Layer, ...]:
             quiet(),
             torch.no_grad(),
             apply_patches("dynamo"),
+            use_experts_implementation(model, "batched_mm"),  # others compute to find out shapes
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
         ):
             fakes = {
@@ -424,14 +444,16 @@ def _shapes(
     inputs: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]], config: Any
 ) -> dict[str, Any]:
     """The axes as torch.export takes them: for each argument, a cache's tensors in their order."""
-    # A named axis must satisfy guards that torch.export cannot prove where queries are grouped.
+    # A named axis must satisfy guards that torch.export cannot prove where queries are grouped or
+    # convolutions have strides.
     free = torch.export.Dim.DYNAMIC
     symbols: dict[str, Any] = {
         "past": free,
         "total": free,
         "sequence": torch.export.Dim("sequence", max=position_limit(config)),
     }
-    for name in ("batch", "source", "images", "samples"):
+    symbols["samples"] = free
+    for name in ("batch", "source", "images"):
         symbols[name] = torch.export.Dim(name)
 
     def shape_of(name: str) -> dict[int, Any]:

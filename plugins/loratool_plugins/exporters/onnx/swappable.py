@@ -19,6 +19,7 @@ import onnx_ir as ir
 from loratool.errors import Problem, raise_problems
 from loratool.runtime import LORA_A, LORA_B
 from loratool_plugins.exporters.onnx.origins import Origin, Part
+from loratool_plugins.exporters.onnx.weights import Graph
 
 METADATA_KEY = "loratool.swappable"
 _LAYOUT = "y + (x @ lora_A) @ lora_B, lora_A (in, r), lora_B (r, out); tables: lora_A[ids] @ lora_B"
@@ -26,6 +27,8 @@ _RANK = "lora_rank"
 _MICROSOFT = "com.microsoft"
 # How often a weight may be turned or passed on before a node computes with it.
 _STEPS = 8
+
+_Kind = Literal["linear", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,21 @@ class Slot:
         tensor: its name in the checkpoint.
         target: what the inputs' names begin with.
         kind: whether it is multiplied by, or rows are looked up in it.
-        turned: whether the graph takes the tensor transposed, so that it is (out, in) on disk.
+        turned: whether the graph takes the tensor transposed, so that it is (out, in) itself.
         rows: of A: `in`, or the rows of the table.
         columns: of B: `out`, or the table's width.
         rank: the symbol of the rank; no two pairs share one.
+        dtype: of both inputs.
     """
 
     tensor: str
     target: str
-    kind: Literal["linear", "embedding"]
+    kind: _Kind
     turned: bool
     rows: int
     columns: int
     rank: str
+    dtype: ir.DataType
 
     @property
     def a(self) -> str:
@@ -61,54 +66,63 @@ class Slot:
         return self.target + LORA_B
 
 
-def adaptable(model: ir.Model, origins: Mapping[str, Origin]) -> tuple[str, ...]:
-    """The tensors of the checkpoint that `make_swappable` has a way for, in the graph's order."""
-    plan = _Plan(model, origins)
-    plan.look(frozenset(key for origin in origins.values() for key in origin.keys))
-    refused = {problem.tensor for problem in plan.problems}
-    found = (tensor for site in plan.sites for tensor, _, _ in site.keys)
-    return tuple(dict.fromkeys(tensor for tensor in found if tensor not in refused))
+def adaptable(graphs: Sequence[Graph], kind: _Kind | None = None) -> tuple[str, ...]:
+    """The tensors that `make_swappable` has a way for, in the graphs' order.
+
+    Args:
+        graphs: of one model.
+        kind: only those that are used in this way alone; None for all.
+    """
+    tensors = frozenset(key for graph in graphs for o in graph.origins.values() for key in o.keys)
+    plans = [_look(graph, tensors) for graph in graphs]
+    out = {problem.tensor for plan in plans for problem in plan.problems}
+    uses = [key for plan in plans for site in plan.sites for key in site.keys]
+    if kind is not None:
+        out |= {tensor for tensor, found, _ in uses if found != kind}
+    return tuple(dict.fromkeys(tensor for tensor, _, _ in uses if tensor not in out))
 
 
 def make_swappable(
-    model: ir.Model,
-    origins: Mapping[str, Origin],
+    graphs: Sequence[Graph],
     targets: Collection[str],
-    aliases: Mapping[str, Sequence[str]] | None = None,
+    tied: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Slot]:
-    """Give a graph optional inputs for the factors of updates of `targets`.
+    """Give the graphs of a model optional inputs for the factors of updates of `targets`.
 
     Args:
-        model: changed in place; nodes and inputs are added, none is removed. Initializers need no
-            values.
-        origins: the weights among its initializers, and what each is made of.
-        targets: tensors of the checkpoint that adapters may change.
-        aliases: tensor -> all names of parameters that are this tensor. A tied table is looked up
-            in and multiplied by: each use has its own pair, the second one by another name.
+        graphs: changed in place; nodes and inputs are added, none is removed. Initializers need no
+            values. All graphs get the same inputs, used or not, so that they take the same files.
+        targets: tensors that adapters may change, by the names in the graphs' origins.
+        tied: tensor -> the names of all parameters that are this tensor, in the model's order. A
+            table that is looked up in and multiplied by has a pair for each use, called by the
+            first of these names and by the last.
 
     Returns:
         What was added; more than `targets` where a weight lies beside others in one initializer.
 
     Raises:
-        MismatchError: a tensor is not in the graph, or it is used in a way that no factors can be
-            added to; all of them are listed, and the graph is as it was.
+        MismatchError: a tensor is not in the graphs, or is used in a way that no factors can be
+            added to; all of them are listed, and the graphs are as they were.
     """
-    plan = _Plan(model, origins)
     wanted = frozenset(targets)
-    plan.look(wanted)
-    seen = {tensor for site in plan.sites for tensor, _, _ in site.keys}
-    seen |= {problem.tensor for problem in plan.problems}
-    missing = [name for name in targets if name not in seen]
-    absent = [Problem("error", name, "no node of the graph uses it") for name in missing]
-    problems = [problem for problem in plan.problems if problem.tensor in wanted]
-    raise_problems("cannot be made swappable (merge the adapter instead):", [*problems, *absent])
-    slots = _slots(plan.sites, aliases or {})
-    pairs = {key: _add_inputs(model.graph, slot, plan.types[key]) for key, slot in slots.items()}
-    for site in plan.sites:
-        _add_update(site, [pairs[key] for key in site.keys])
-    found = list(slots.values())
-    model.metadata_props[METADATA_KEY] = json.dumps(describe(found))
-    return found
+    plans = [_look(graph, wanted) for graph in graphs]
+    sites = [site for plan in plans for site in plan.sites]
+    problems = [p for plan in plans for p in plan.problems if p.tensor in wanted]
+    seen = {tensor for site in sites for tensor, _, _ in site.keys} | {p.tensor for p in problems}
+    problems += [
+        Problem("error", name, "no node of the graph uses it")
+        for name in targets
+        if name not in seen
+    ]
+    heading = "cannot be made swappable (merge the adapter instead):"
+    raise_problems(heading, dict.fromkeys(problems))
+    slots = _slots(sites, tied or {})
+    for plan in plans:
+        pairs = {key: _add_inputs(plan.model.graph, slot) for key, slot in slots.items()}
+        for site in plan.sites:
+            _add_update(site, [pairs[key] for key in site.keys])
+        plan.model.metadata_props[METADATA_KEY] = json.dumps(describe(list(slots.values())))
+    return list(slots.values())
 
 
 def describe(slots: Sequence[Slot]) -> dict[str, object]:
@@ -128,20 +142,21 @@ def describe(slots: Sequence[Slot]) -> dict[str, object]:
 
 
 # A tensor of the checkpoint, the kind of its use, and whether it is taken transposed.
-_Key = tuple[str, str, bool]
+_Key = tuple[str, _Kind, bool]
 
 
 @dataclass(frozen=True)
 class _View:
-    """A weight matrix as a node sees it; the attributes are those of `Origin`."""
+    """A weight matrix as a node sees it: its type, and the attributes of `Origin`."""
 
     shape: tuple[int, ...]
     axis: int
     parts: tuple[Part, ...]
+    dtype: ir.DataType
 
     def turned(self) -> _View:
         parts = tuple(Part(p.key, p.permutation[::-1], p.length) for p in self.parts)
-        return _View(self.shape[::-1], 1 - self.axis, parts)
+        return _View(self.shape[::-1], 1 - self.axis, parts, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ class _Site:
     """
 
     node: ir.Node
-    kind: Literal["linear", "embedding"]
+    kind: _Kind
     view: _View
 
     @property
@@ -176,55 +191,52 @@ class _Site:
 
 @dataclass
 class _Plan:
-    """Where factors would have to be added.
+    """Where factors would have to be added in a graph.
 
     Attributes:
         model: the graph.
-        origins: its weights.
-        sites: nodes that use them, in the graph's order.
-        types: of the factors.
+        sites: nodes that use the tensors, in the graph's order.
         problems: uses that nothing can be added to, by tensor.
     """
 
     model: ir.Model
-    origins: Mapping[str, Origin]
     sites: list[_Site] = field(default_factory=list)
-    types: dict[_Key, ir.DataType] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def look(self, wanted: frozenset[str]) -> None:
-        """Find every use of these tensors."""
-        for name, origin in self.origins.items():
-            value = self.model.graph.initializers.get(name)
-            if value is None or not wanted.intersection(origin.keys):
-                continue
-            if fault := _unfit(value, origin):
-                self._refuse(origin, fault)
-                continue
-            view = _View(origin.shape, origin.axis, origin.parts)
-            self._follow(value, view, _dtype(value), origin)
-        order = {node: number for number, node in enumerate(self.model.graph.all_nodes())}
-        self.sites.sort(key=lambda site: order[site.node])
+    def refuse(self, keys: Sequence[str], fault: str) -> None:
+        """Note why nothing can be added for these tensors."""
+        self.problems += [Problem("error", key, fault) for key in keys]
 
-    def _refuse(self, origin: Origin, fault: str) -> None:
-        self.problems += [Problem("error", key, fault) for key in origin.keys]
-
-    def _follow(
-        self, value: ir.Value, view: _View, dtype: ir.DataType, origin: Origin, steps: int = _STEPS
-    ) -> None:
-        """Look at every use of a value, through nodes that only turn it."""
+    def follow(self, value: ir.Value, view: _View, keys: Sequence[str], steps: int) -> None:
+        """Look at every use of a weight, through nodes that only turn it."""
         if value.is_graph_output():
-            self._refuse(origin, f"{value.name} is an output of the graph itself")
+            self.refuse(keys, f"{value.name} is an output of the graph itself")
         for node, index in value.uses():
             if node.op_type == "Identity" and steps:
-                self._follow(node.outputs[0], view, dtype, origin, steps - 1)
+                self.follow(node.outputs[0], view, keys, steps - 1)
             elif node.op_type == "Transpose" and steps:  # of a matrix: there is one way only
-                self._follow(node.outputs[0], view.turned(), dtype, origin, steps - 1)
+                self.follow(node.outputs[0], view.turned(), keys, steps - 1)
             elif isinstance(found := _site(node, index, view), str):
-                self._refuse(origin, f"{node.op_type} {node.name or value.name}: {found}")
+                self.refuse(keys, f"{node.op_type} {node.name or value.name}: {found}")
             else:
                 self.sites.append(found)
-                self.types |= dict.fromkeys(found.keys, dtype)
+
+
+def _look(graph: Graph, wanted: frozenset[str]) -> _Plan:
+    """Find every use of these tensors in a graph."""
+    plan = _Plan(graph.model)
+    for name, origin in graph.origins.items():
+        value = graph.model.graph.initializers[name]
+        if not wanted.intersection(origin.keys):
+            continue
+        if fault := _unfit(value, origin):
+            plan.refuse(origin.keys, fault)
+            continue
+        view = _View(origin.shape, origin.axis, origin.parts, _dtype(value))
+        plan.follow(value, view, origin.keys, _STEPS)
+    order = {node: number for number, node in enumerate(graph.model.graph.all_nodes())}
+    plan.sites.sort(key=lambda site: order[site.node])
+    return plan
 
 
 def _unfit(value: ir.Value, origin: Origin) -> str:
@@ -281,48 +293,49 @@ _USES: Mapping[tuple[str, str], Callable[[ir.Node, int, _View], _Site | str]] = 
 }
 
 
-def _slots(sites: Sequence[_Site], aliases: Mapping[str, Sequence[str]]) -> dict[_Key, Slot]:
+def _slots(sites: Sequence[_Site], tied: Mapping[str, Sequence[str]]) -> dict[_Key, Slot]:
     """One pair of inputs for each tensor and kind of use, whatever number of nodes share them."""
     slots: dict[_Key, Slot] = {}
-    uses = {key for site in sites for key in site.keys}
+    tables = {tensor for site in sites for tensor, kind, _ in site.keys if kind == "embedding"}
     for site in sites:
         for key, columns in zip(site.keys, site.columns, strict=True):
             if key not in slots:
-                tensor, _, turned = key
-                several = sum(use[0] == tensor for use in uses) > 1
-                target = _target(tensor, site.kind, aliases.get(tensor, ()) if several else None)
+                tensor, kind, turned = key
+                names = tied.get(tensor, ()) if tensor in tables else ()
                 slots[key] = Slot(
-                    tensor, target, site.kind, turned, site.view.shape[0], columns,
+                    tensor,
+                    _target(tensor, names, is_head=kind == "linear" and tensor in tables),
+                    kind,
+                    turned,
+                    site.view.shape[0],
+                    columns,
                     f"{_RANK}_{len(slots)}",
-                )  # fmt: skip
+                    site.view.dtype,
+                )
     return slots
 
 
-def _target(tensor: str, kind: str, aliases: Sequence[str] | None) -> str:
-    """What a pair is called: the module, as far as it has one.
+def _target(tensor: str, names: Sequence[str], is_head: bool) -> str:
+    """What a pair is called: the module, as far as the tensor is a module's weight.
 
     Args:
-        tensor: of the checkpoint.
-        kind: of its use.
-        aliases: names of all parameters that are this tensor, in the model's order, where it is
-            used in two ways: tables come first and heads last. None if it is used in one way.
+        tensor: the tensor.
+        names: of all parameters that are this tensor, if it is a table.
+        is_head: whether this is about products with a table.
     """
-    name, ending = tensor, ""
-    if aliases is not None and kind == "linear":
-        name, ending = (aliases[-1], "") if len(aliases) > 1 else (tensor, ".head")
-    elif aliases:
-        name = aliases[0]
-    return name.removesuffix(".weight") + ending
+    name = names[-1 if is_head else 0] if names else tensor
+    distinct = not is_head or len(names) > 1
+    return name.removesuffix(".weight") + ("" if distinct else ".head")
 
 
-def _add_inputs(graph: ir.Graph, slot: Slot, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+def _add_inputs(graph: ir.Graph, slot: Slot) -> tuple[ir.Value, ir.Value]:
     """The pair's two inputs, with empty defaults."""
     rank = ir.SymbolicDim(slot.rank)
     found = []
     for name, shape in ((slot.a, (slot.rows, rank)), (slot.b, (rank, slot.columns))):
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value = ir.Value(name=name, type=ir.TensorType(slot.dtype), shape=ir.Shape(shape))
         empty = [dimension if isinstance(dimension, int) else 0 for dimension in shape]
-        value.const_value = ir.tensor(np.zeros(empty, dtype.numpy()), name=name)
+        value.const_value = ir.tensor(np.zeros(empty, slot.dtype.numpy()), name=name)
         graph.inputs.append(value)
         graph.register_initializer(value)
         found.append(value)

@@ -36,18 +36,18 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "cache_position": ("sequence",),
     "attention_mask": ("batch", "total"),
     "decoder_attention_mask": ("batch", "total"),
-    "encoder_attention_mask": ("batch", "sequence"),
+    "encoder_attention_mask": ("batch", "source"),
     "inputs_embeds": ("batch", "sequence", None),
-    "encoder_hidden_states": ("batch", "sequence", None),
+    "encoder_hidden_states": ("batch", "source", None),
     "pixel_values": ("batch", "channels", "height", "width"),
     "input_features": ("batch", "mels", "frames"),
 }
 _CACHE = ("batch", None, "past", None)
 # A word in the name of an axis -> what it means; the first that fits.
 _WORDS = (
-    ("total", "total"), ("past", "past"), ("batch", "batch"), ("channel", "channels"),
-    ("height", "height"), ("width", "width"), ("mel", "mels"), ("frame", "frames"),
-    ("seq", "sequence"), ("token", "sequence"), ("len", "sequence"),
+    ("total", "total"), ("past", "past"), ("source", "source"), ("batch", "batch"),
+    ("channel", "channels"), ("height", "height"), ("width", "width"), ("mel", "mels"),
+    ("frame", "frames"), ("seq", "sequence"), ("token", "sequence"), ("len", "sequence"),
 )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def _roles(needed: Input) -> list[str | None]:
     rank = len(needed.shape)
     if _is_cache(needed.name) and rank == 4:
         if ".encoder." in needed.name:
-            return ["batch", None, "sequence", None]
+            return ["batch", None, "source", None]
         return list(_CACHE)
     table = _AXES.get(needed.name, ())
     roles: list[str | None] = list(table) if len(table) == rank else [None] * rank
@@ -240,6 +240,7 @@ def _known_sizes(extent: Extent, config: Mapping[str, Any]) -> dict[str, int]:
         "sequence": extent.sequence,
         "past": extent.past,
         "total": extent.total,
+        "source": extent.source,
         "channels": config.get("num_channels", 3),
         "height": height,
         "width": width,

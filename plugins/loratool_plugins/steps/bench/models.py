@@ -10,7 +10,8 @@ from pathlib import Path
 from loratool.errors import InputError, MismatchError, UsageError
 from loratool.reports import listed
 
-# Graphs that one model is made of are called so, alone or after "NAME-" or "NAME.".
+# Graphs that one model is made of are called so, alone or after "NAME-" or "NAME."; in the order
+# in which reports list them.
 STAGES = (
     *("encoder", "decoder", "prefill", "decode"),
     *("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged"),
@@ -55,7 +56,11 @@ def find_models(places: Sequence[Path]) -> list[Model]:
     models = []
     for place, name in zip(places, _names(places), strict=True):
         models += _models_in(place, name)
-    return models
+    named = [model.name for model in models]
+    return [
+        model if named.count(model.name) == 1 else replace(model, name=f"{model.place}: {name}")
+        for model, name in zip(models, named, strict=True)
+    ]
 
 
 def only_model(place: Path) -> Model:
@@ -122,7 +127,11 @@ def _models_in(place: Path, name: str) -> list[Model]:
         variant, stage = _split(path.stem)
         found.setdefault(variant, {})[stage] = path
     return [
-        Model(f"{name}/{variant}" if variant and len(found) > 1 else name, place, graphs)
+        Model(
+            f"{name}/{variant}" if variant and len(found) > 1 else name,
+            place,
+            {stage: graphs[stage] for stage in (*STAGES, ONLY) if stage in graphs},
+        )
         for variant, graphs in sorted(found.items())
     ]
 

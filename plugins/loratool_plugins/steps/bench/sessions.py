@@ -16,15 +16,12 @@ Provider = str
 PROVIDERS: Mapping[str, Provider] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "rocm": "ROCMExecutionProvider",
-    "dml": "DmlExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
+    "dml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
 }
 # Providers whose device holds inputs and outputs between runs, and what I/O binding calls it.
-_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+_DEVICES = {"CUDAExecutionProvider": "cuda"}
 _FATAL, _WARNING = 4, 2
 
 
@@ -54,6 +51,8 @@ def open_session(path: Path, options: Options) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = _FATAL
+    if options.provider == "dml":  # which cannot do it
+        settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     available = ort.get_available_providers()
     chosen = [name for name in dict.fromkeys((wanted, PROVIDERS["cpu"])) if name in available]

@@ -42,11 +42,13 @@ class Extent:
         batch: rows.
         sequence: tokens that are computed in each row.
         past: tokens of each row that the cache holds.
+        source: tokens of each row that an encoder has read before.
     """
 
     batch: int
     sequence: int
     past: int
+    source: int
 
     @property
     def total(self) -> int:
@@ -82,7 +84,9 @@ def extent(shape: Shape, has_cache: bool, stage: str) -> Extent:
     SEQUENCE tokens with nothing in their caches, if they have any. `+PAST` overrules both.
     """
     if shape.past is not None:
-        return Extent(shape.batch, shape.sequence, shape.past)
-    if has_cache and stage in _ONE_TOKEN:
-        return Extent(shape.batch, 1, shape.sequence)
-    return Extent(shape.batch, shape.sequence, 0)
+        sequence, past = shape.sequence, shape.past
+    elif has_cache and stage in _ONE_TOKEN:
+        sequence, past = 1, shape.sequence
+    else:
+        sequence, past = shape.sequence, 0
+    return Extent(shape.batch, sequence, past, max(sequence, past))

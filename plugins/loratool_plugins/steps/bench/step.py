@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loratool_plugins.steps.bench.trial import Trial
 
 # The keys of `sessions.PROVIDERS`, which imports ONNX Runtime.
-_PROVIDERS = ("cpu", "cuda", "tensorrt", "rocm", "dml", "webgpu", "coreml", "openvino")
+_PROVIDERS = ("cpu", "cuda", "webgpu", "dml", "coreml")
 _LEAST_REPEATS = 3
 
 

@@ -63,10 +63,16 @@ class Trial:
             InputError: one cannot be made up.
             MismatchError: an array that was given does not fit.
         """
-        for stage in self.lineup.reference.graphs:
-            for shape in self.shapes:
-                for contender in self.lineup.contenders:
-                    self._feeds(contender, stage, shape)
+        graphs = self.lineup.reference.graphs
+        for shape in self.shapes:
+            if shape.past and not any(graph.has_cache for graph in graphs.values()):
+                raise InputError(
+                    f"{self.lineup.reference.place}: has no cache (inputs past_key_values.*) for "
+                    f"--shape {shape.text}: leave +{shape.past} out"
+                )
+        for stage, shape in self._pairs():
+            for contender in self.lineup.contenders:
+                self._feeds(contender, stage, shape)
 
     def measure(self, drain: Drain) -> Report:
         """Load and run everything, tell what it took, and draw it if that was asked for.
@@ -77,7 +83,7 @@ class Trial:
             OutputError: the picture cannot be written.
         """
         stages = self.lineup.reference.graphs
-        rounds = (self.plan.warmups + self.plan.repeats) * len(self.shapes) * len(stages)
+        rounds = (self.plan.warmups + self.plan.repeats) * len(self._pairs())
         loads = _LOADS * len(stages) * len(self._loaded())
         told = drain.count("Measuring", rounds + loads)
         loads_of = self._loads(told)
@@ -88,6 +94,16 @@ class Trial:
 
             draw_latency(report.data, Path(self.plot))
         return report
+
+    def _pairs(self) -> list[tuple[str, Shape]]:
+        """The stages with the shapes that they are run on: a past is for those with a cache."""
+        graphs = self.lineup.reference.graphs
+        return [
+            (stage, shape)
+            for stage, graph in graphs.items()
+            for shape in self.shapes
+            if graph.has_cache or not shape.past
+        ]
 
     def _loaded(self) -> list[Contender]:
         """Those that are loaded: an adapter's values are no part of a session."""
@@ -128,11 +144,6 @@ class Trial:
         """The inputs of one graph, and how large they are."""
         graph = contender.graphs[stage]
         found = extent(shape, graph.has_cache, stage)
-        if found.past and not graph.has_cache:
-            raise InputError(
-                f"{graph.path}: has no cache (inputs past_key_values.*) for --shape {shape.text}: "
-                f"leave +{shape.past} out"
-            )
         vocabulary = self.making.vocabulary or vocabulary_of(
             [one.graphs[stage] for one in self.lineup.contenders]
         )
@@ -142,11 +153,11 @@ class Trial:
         """Measure the graphs of one stage on every shape."""
         contenders = [*self.lineup.contenders, self.lineup.reference]  # itself once more
         sessions = [open_session(one.graphs[stage].path, self.options) for one in contenders]
-        for shape in self.shapes:
+        for shape in (found for name, found in self._pairs() if name == stage):
+            size, _ = self._feeds(self.lineup.reference, stage, shape)
             runs = []
-            size = Extent(1, 1, 0)
             for one, session in zip(contenders, sessions, strict=True):
-                size, feeds = self._feeds(one, stage, shape)
+                _, feeds = self._feeds(one, stage, shape)
                 runs.append(timed_run(session, feeds, one.adapter))
                 _try(runs[-1], one, stage, shape)
             rounds = run_rounds(runs, self.plan, partial(told, f"{stage} {shape.text}"))
@@ -165,12 +176,12 @@ def _try(run: Callable[[], float], contender: Contender, stage: str, shape: Shap
 
 
 def _together(parts: Sequence[Load]) -> Load:
-    """The load of several graphs, one after the other."""
-    private = [part.private for part in parts if part.private is not None]
-    peak = [part.peak for part in parts if part.peak is not None]
-    return Load(
-        sum(part.seconds for part in parts),
-        sum(private) if len(private) == len(parts) else None,
-        max(peak) if len(peak) == len(parts) else None,
-        parts[0].providers,
-    )
+    """The load of several graphs, one after the other, each staying."""
+    private, peak = 0, 0
+    for part in parts:
+        if part.private is None or part.peak is None:
+            seconds = sum(one.seconds for one in parts)
+            return Load(seconds, None, None, part.providers)
+        peak = max(peak, private + part.peak)
+        private += part.private
+    return Load(sum(part.seconds for part in parts), private, peak, parts[0].providers)
