@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from loratool.checkpoint import Checkpoint
 from loratool.errors import InputError, MismatchError, OutputError, UsageError
@@ -366,3 +367,18 @@ def test_a_class_whose_names_have_a_prefix(make_base: Callable[[str], Base]) -> 
     merged = base.merged(graphs.lora(base.checkpoint, "query.weight"))
     plan = plan_graft(base.path, replace(base.checkpoint, tensors=short), merged)
     assert plan.changed == tuple(n for n in base.checkpoint if n.endswith("query.weight"))
+
+
+def test_quantized_weights_are_refused(make_base: Callable[[str], Base], tmp_path: Path) -> None:
+    base = make_base("llama fused for cuda")
+    quantizer = MatMulNBitsQuantizer(onnx.load(base.path), block_size=16, is_symmetric=True)
+    quantizer.process()
+    path = tmp_path / "int4.onnx"
+    onnx.save(quantizer.model.model, path)
+    merged = base.merged(graphs.lora(base.checkpoint, "q_proj.weight", "up_proj.weight"))
+    with pytest.raises(MismatchError) as caught:
+        plan_graft(path, base.checkpoint, merged)
+    text = str(caught.value)
+    for name in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
+        assert f"{name}: the adapter changes it, but the graph holds weights of this shape" in text
+    assert "MatMulNBits, 4 bits, blocks of 16, symmetric" in text

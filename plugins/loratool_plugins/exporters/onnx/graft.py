@@ -40,6 +40,7 @@ from loratool_plugins.exporters.onnx.loading import loads
 from loratool_plugins.exporters.onnx.matching import Layout, Library
 from loratool_plugins.exporters.onnx.origins import Origin, assemble
 from loratool_plugins.exporters.onnx.placement import Placed, place
+from loratool_plugins.exporters.onnx.quantized_weights import QuantizedWeight, quantized_weights
 
 _ALIGNMENT = 64
 # Initializers inside the graph's file that are larger than this move to the shared file.
@@ -136,7 +137,10 @@ def plan_graft(path: Path, base: Checkpoint, merged: Checkpoint) -> Graft:
     # A tensor may have the values of an initializer, and yet every use of that be another's.
     placed = {n for groups in placement.placed.values() for group in groups for n in group.names}
     told = {problem.tensor for problem in problems}
-    problems += [_missing(name, tensors) for name in changed if name not in placed | told]
+    quantized = list(quantized_weights(graph))
+    problems += [
+        _missing(tensors[name], quantized) for name in changed if name not in placed | told
+    ]
     if problems:
         lines = (f"  {problem}" for problem in problems)
         raise MismatchError("\n".join([f"{path}: cannot be grafted:", *lines]))
@@ -214,9 +218,15 @@ def _shape_problems(
             )  # fmt: skip
 
 
-def _missing(name: str, tensors: Mapping[str, LazyTensor]) -> Problem:
-    tensor = tensors[name]
-    if len(tensor.shape) < 2 and not bool(tensor.read().any()):
+def _missing(tensor: LazyTensor, quantized: Sequence[QuantizedWeight]) -> Problem:
+    holder = next((weight for weight in quantized if weight.may_hold(tensor.shape)), None)
+    if holder is not None and len(tensor.shape) > 1:
+        reason = (
+            "the adapter changes it, but the graph holds weights of this shape quantized only "
+            f"({holder.scheme}: {holder.node}), where no update fits exactly: graft the base's "
+            "unquantized ONNX file, and quantize the result as the base was"
+        )
+    elif len(tensor.shape) < 2 and not bool(tensor.read().any()):
         reason = (
             f"the base's is zero, and exporters leave zeros out: the graph does not add it; {_CURE}"
         )
@@ -225,7 +235,7 @@ def _missing(name: str, tensors: Mapping[str, LazyTensor]) -> Problem:
             "the adapter changes it, but no initializer of the graph has its values, as they are, "
             f"turned, cast or beside others; {_CURE}"
         )
-    return Problem("error", name, reason)
+    return Problem("error", tensor.name, reason)
 
 
 def _foreign(
@@ -427,7 +437,7 @@ def _require_same(graft: Graft, patch: Patch) -> None:
     stored, done = patch.initializer.data, 0
     for piece in assemble(patch.origin, graft.base, patch.initializer.dtype):
         new = piece.contiguous().view(torch.uint8)
-        if not torch.equal(new, stored[done : done + new.numel()]):
+        if not _equal(new, stored[done : done + new.numel()]):
             raise MismatchError(
                 f"{graft.graph.path}: {patch.initializer.name}: looks like "
                 f"{some(patch.origin.keys)} of the base, but differs from it in places: the graph "
@@ -436,6 +446,13 @@ def _require_same(graft: Graft, patch: Patch) -> None:
         done += new.numel()
     if done != stored.numel():
         raise AssertionError(f"{patch.name}: {done} of {stored.numel()} bytes came")
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether bytes are equal; eight at a time where they lie so that it can be done."""
+    if one.numel() % 8 == 0 and other.data_ptr() % 8 == 0 and other.storage_offset() % 8 == 0:
+        return torch.equal(one.view(torch.int64), other.view(torch.int64))
+    return torch.equal(one, other)
 
 
 def _write(graft: Graft, patch: Patch, handle: int) -> str:
