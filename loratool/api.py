@@ -694,7 +694,6 @@ def export(
     link: bool = False,
     graft: str = "",
     name: str = "",
-    requantize: bool = False,
     swappable: bool = False,
     max_rank: int = 64,
     module: str = "",
@@ -714,7 +713,6 @@ def export(
         link: point the graph into the merged .safetensors, written beside it.
         graft: an ONNX model of the base that the change is put onto, without tracing.
         name: of the grafted graph; "" for the adapters'.
-        requantize: graft onto quantized weights.
         swappable: export the base, with the adapters beside it to switch at every request.
         max_rank: largest rank of an adapter of a swappable export.
         module: a function that gives any torch module, as "package.module:function".
@@ -729,7 +727,7 @@ def export(
     """
     step = Export(
         device=device, dtype=dtype, fuse=fuse, cache=cache, link=link, graft=graft, name=name,
-        requantize=requantize, swappable=swappable, max_rank=max_rank, module=module,
+        swappable=swappable, max_rank=max_rank, module=module,
         strict=strict, exporter=exporter, architecture=architecture,
     )  # fmt: skip
     return _as(LazyOnnx, step.run(_checkpoint(base), _weighted(adapters)))

@@ -38,7 +38,6 @@ class ExportOptions:
         "", "put the change onto this ONNX model of the base, without tracing", metavar="BASE.onnx"
     )
     name: str = option("", "name of the grafted graph (default: the adapters')")
-    requantize: bool = option(False, "graft onto quantized weights, and say what that costs")
     swappable: bool = option(False, "export the base, with adapters to switch at every request")
     max_rank: int = option(64, "largest rank of an adapter of a --swappable export")
     module: str = option(
@@ -70,9 +69,8 @@ class ExportOptions:
             raise UsageError(f"{' and '.join(forms)} are different forms: choose one")
         if self.max_rank < 1:
             raise UsageError(f"--max-rank {self.max_rank}: use a positive number")
-        for flag, given in (("--name", bool(self.name)), ("--requantize", self.requantize)):
-            if given and not self.graft:
-                raise UsageError(f"{flag} is about --graft")
+        if self.name and not self.graft:
+            raise UsageError("--name is about --graft")
         if self.graft and (self.dtype or self.module or not self.fuse or not self.cache):
             raise UsageError(
                 "--graft keeps the graph that it is given: leave --dtype, --module, --no-fuse and "
