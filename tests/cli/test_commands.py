@@ -159,9 +159,11 @@ def test_json_of_every_verb_is_alone_on_standard_output(
 
 
 def test_json_of_an_export(base: Path, adapter: Path, tmp_path: Path) -> None:
-    report = done(loratool("export", base, adapter, "-o", tmp_path / "onnx", "--json"))
+    out = tmp_path / "onnx"
+    report = done(loratool("export", base, adapter, "--no-cache", "-o", out, "--json"))
     assert report.data["verification"]
-    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    assert report.data["graphs"].keys() == {"model"}
+    assert (out / "model.onnx").is_file()
     assert names(tmp_path) == ["onnx"]
 
 

@@ -51,4 +51,5 @@ def test_what_peft_pushed_is_pulled_merged_and_exported(hub: HubServer, tmp_path
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
     done(run("export", "anna/adapter", "-o", tmp_path / "onnx"))
-    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    for name in ("prefill.onnx", "decode.onnx", "model.onnx.data"):
+        assert (tmp_path / "onnx" / name).is_file()

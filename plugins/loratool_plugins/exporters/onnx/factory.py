@@ -115,6 +115,14 @@ def filled(name: str, checkpoint: Checkpoint) -> torch.nn.Module:
         config = checkpoint.config
         module: torch.nn.Module = find_function(name)(None if config is None else dict(config))[0]
     values = {key: tensor.read() for key, tensor in checkpoint.items()}
+    stored: dict[int, str] = {}
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    for key, parameter in parameters:
+        if key in values:
+            stored.setdefault(id(parameter), key)
+    for key, parameter in parameters:  # what is assigned is tied no more
+        if key not in values and id(parameter) in stored:
+            values[key] = values[stored[id(parameter)]]
     module.load_state_dict(values, strict=False, assign=True)
     return module.float().eval()
 
