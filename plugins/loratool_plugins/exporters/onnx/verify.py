@@ -124,8 +124,8 @@ def verify_export(
     noisy = ""
     if found["noise"]:
         noisy = (
-            f"PyTorch in fp32 misses the exact outputs by {found['noise']:.1e} of the largest value "
-            "itself (fp64 tells): four times that was allowed"
+            f"PyTorch in fp32 misses the exact outputs by {found['noise']:.1e} of the largest "
+            "value itself (fp64 tells): four times that was allowed"
         )
     return Verification(data, tuple(filter(None, (missing, *rewritten, noisy))))
 
