@@ -197,7 +197,8 @@ def _report(cls: type[Any], values: dict[str, Any], bar: ProgressBar) -> Report:
     if getattr(cls, "names_base", False):
         refs = without_base(cls, refs)
     target = _target(step, values, refs)
-    if target is not None:  # before any long work
+    # Before any long work; a graft joins others, and finds out itself whether it may.
+    if target is not None and not getattr(step, "graft", ""):
         _check_place(target, bool(values["overwrite"]), [r for rs in refs.values() for r in rs])
     if "executor" in values:
         plugins.create("executors", values["executor"])

@@ -23,7 +23,9 @@ from loratool_plugins.executors.serial import Serial
 from loratool_plugins.exporters.onnx.base_graph import open_graph
 from loratool_plugins.exporters.onnx.graft import plan_graft, write_graft
 from loratool_plugins.exporters.onnx.grafts import check_name, graph_name
+from tests.cli.tiny import done, loratool
 from tests.lazy import adapter_of, lazy_tensor, replacement
+from tests.peft_files import random_factors, write_adapter
 from tests.plugins.exporters import graft_bases as graphs
 from tests.plugins.exporters.graft_bases import Base
 
@@ -382,3 +384,33 @@ def test_quantized_weights_are_refused(make_base: Callable[[str], Base], tmp_pat
     for name in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
         assert f"{name}: the adapter changes it, but the graph holds weights of this shape" in text
     assert "MatMulNBits, 4 bits, blocks of 16, symmetric" in text
+
+
+def test_two_adapters_from_the_command_line(
+    make_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base = make_base("llama fused for cuda")
+    base.model.save_pretrained(tmp_path / "llama")
+    for seed, name in enumerate(("math", "code")):
+        module = "model.layers.0.self_attn.q_proj"
+        factors = random_factors({module: (16, 16)}, 2, seed, 0.5)
+        adapter = write_adapter(tmp_path / name, factors)
+        words = [
+            "export",
+            tmp_path / "llama",
+            adapter,
+            "--graft",
+            base.path,
+            "-o",
+            tmp_path / "out",
+        ]
+        done(loratool(*words))
+        a, b = factors[module]
+        with torch.no_grad():
+            weight = base.checkpoint[f"{module}.weight"].read() + b @ a
+        tensors = {**base.checkpoint, f"{module}.weight": lazy_tensor(module, weight)}
+        expected = base.outputs(replace(base.checkpoint, tensors=tensors))
+        np.testing.assert_allclose(base.run(tmp_path / "out" / f"{name}.onnx"), expected, atol=1e-4)
+    found = loratool(*words)
+    assert found.status == 1
+    assert "code.onnx: exists; choose another --name" in found.err

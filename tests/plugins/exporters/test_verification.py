@@ -62,7 +62,9 @@ class Exported:
         return prompts_for(type(self.model), self.model.config, seed)
 
     def verify(self, **other: Path) -> list[Generation]:
-        answer = lambda batches: references_of(self.checkpoint, batches)  # noqa: E731
+        def answer(batches: Any, dtype: torch.dtype) -> Any:
+            return references_of(self.checkpoint, batches, dtype=dtype)
+
         return verify_generation(self.sessions(**other), self.prompts(), answer, FP32)[0]
 
 
@@ -219,7 +221,7 @@ def test_nan_is_found(llama: Exported, tmp_path: Path) -> None:
 def test_a_token_within_the_tolerance_is_a_tie_and_said(llama: Exported) -> None:
     """The reference gets the logits of the second best token raised to those of the best."""
 
-    def answer(batches: Any) -> Any:
+    def answer(batches: Any, dtype: torch.dtype) -> Any:
         found = references_of(llama.checkpoint, batches)
         logits = found.outputs[0]["logits"]
         last = logits[1, -1]
@@ -229,7 +231,7 @@ def test_a_token_within_the_tolerance_is_a_tie_and_said(llama: Exported) -> None
 
     prompts = llama.prompts()[:1]
     wide = replace(FP32, value=0.5, relative=True)
-    (result,), how = verify_generation(llama.sessions(), prompts, answer, wide)
+    (result,), _, how = verify_generation(llama.sessions(), prompts, answer, wide)
     assert (result.ties, result.is_equal, how) == (((1, 15),), False, "from_pretrained")
 
 
@@ -245,8 +247,11 @@ def test_half_precision_in_pieces(
         onnx.save(half, graphs[name])
     opened = {name: open_bounded(path) for name, path in graphs.items()}
     assert all(isinstance(session, PieceSession) for session in opened.values())
-    answer = lambda batches: references_of(llama.checkpoint, batches, whole=0)  # noqa: E731
-    results, how = verify_generation(opened, llama.prompts(), answer, TOLERANCES["fp16"])
+
+    def answer(batches: Any, dtype: torch.dtype) -> Any:
+        return references_of(llama.checkpoint, batches, whole=0, dtype=dtype)
+
+    results, _, how = verify_generation(opened, llama.prompts(), answer, TOLERANCES["fp16"])
     assert how == "streamed"
     assert max(result.comparison.differences["decode logits"] for result in results) > 1e-5
 

@@ -11,7 +11,7 @@ Generation here goes on after an end-of-text token and applies no other rule of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from loratool_plugins.exporters.onnx.comparing import (
     run_session,
 )
 from loratool_plugins.exporters.onnx.inputs import Sizes, sample
+from loratool_plugins.exporters.onnx.judging import Answer, judged
 from loratool_plugins.exporters.onnx.references import Batch, References
 from loratool_plugins.exporters.onnx.sessions import Arrays, Session
 
@@ -246,10 +247,10 @@ def compare_generation(
 def verify_generation(
     sessions: Mapping[str, Session],
     prompts: Sequence[Mapping[str, torch.Tensor]],
-    answer: Callable[[Sequence[Batch]], References],
+    answer: Answer,
     tolerance: Tolerance,
     counts: Sequence[int] = (),
-) -> tuple[list[Generation], str]:
+) -> tuple[list[Generation], Tolerance, str]:
     """Generate from several batches of prompts, and hold that against PyTorch.
 
     Args:
@@ -260,7 +261,7 @@ def verify_generation(
         counts: how many tokens for each; 16 if it is not said.
 
     Returns:
-        One result a batch, and how PyTorch was run.
+        One result a batch, the tolerance that held, and how PyTorch was run.
 
     Raises:
         VerificationError: they are not what PyTorch gives.
@@ -269,14 +270,15 @@ def verify_generation(
         generate(sessions, inputs, count)
         for inputs, count in zip(prompts, counts or [TOKENS] * len(prompts), strict=True)
     ]
-    references = answer(
-        [batch_for(inputs, made) for inputs, made in zip(prompts, generated, strict=True)]
-    )
-    results = [
-        compare_generation(made, inputs, outputs, tolerance)
-        for made, inputs, outputs in zip(generated, prompts, references.outputs, strict=True)
-    ]
-    return results, references.how
+    batches = [batch_for(inputs, made) for inputs, made in zip(prompts, generated, strict=True)]
+
+    def check(references: References, tolerance: Tolerance) -> list[Generation]:
+        return [
+            compare_generation(made, inputs, outputs, tolerance)
+            for made, inputs, outputs in zip(generated, prompts, references.outputs, strict=True)
+        ]
+
+    return judged(check, answer, batches, tolerance)
 
 
 def describe_generation(found: Generation, tolerance: Tolerance) -> dict[str, Any]:

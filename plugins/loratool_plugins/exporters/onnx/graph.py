@@ -16,6 +16,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnxscript.rewriter import _basics, _matcher
 from transformers.exporters import onnxruntime_fusions
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -99,7 +100,13 @@ def _export(
         )
 
     try:
-        with quiet(), lazily(prints), _noting(used, prints), _rotating_by_positions(stage):
+        with (
+            quiet(),
+            lazily(prints),
+            _noting(used, prints),
+            _rotating_by_positions(stage),
+            _rejecting_early(),
+        ):
             exporter = OnnxExporter()
             try:
                 exported = exporter.export(stage.module, dict(stage.inputs), settings(stage))
@@ -114,6 +121,31 @@ def _export(
         ) from error
     program: ir.Model = exported.program
     return program
+
+
+@contextmanager
+def _rejecting_early() -> Iterator[None]:
+    """Let onnxscript's matcher look at a node's operator before it lists the whole graph.
+
+    For a pattern with several results it lists all nodes once for each node of the graph, though
+    hardly any is an operator that the pattern's first result could come from: two thirds of the
+    time of an export.
+    """
+    matcher: Any = _matcher.SimplePatternMatcher
+    original = matcher.match
+
+    def match(self: Any, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        if not self.pattern.has_single_output_node:
+            wanted = self.pattern.output_nodes[0].op_identifier()
+            if wanted is not None and wanted != node.op_identifier():
+                return _basics.MatchResult().fail("No match found.")
+        return original(self, model, graph, node, **options)
+
+    matcher.match = match
+    try:
+        yield
+    finally:
+        matcher.match = original
 
 
 @contextmanager

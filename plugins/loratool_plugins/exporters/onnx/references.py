@@ -26,7 +26,7 @@ BY_TRANSFORMERS, STREAMED = "from_pretrained", "streamed"
 
 @dataclass(frozen=True)
 class References:
-    """PyTorch's outputs in fp32.
+    """PyTorch's outputs, as fp32.
 
     Attributes:
         outputs: of each batch, by the names that an exported graph gives them.
@@ -41,9 +41,12 @@ class References:
 
 
 def references_of(
-    merged: Checkpoint, batches: Sequence[Batch], whole: int = LOADED_WHOLE
+    merged: Checkpoint,
+    batches: Sequence[Batch],
+    whole: int = LOADED_WHOLE,
+    dtype: torch.dtype = torch.float32,
 ) -> References:
-    """Run a checkpoint in PyTorch, in fp32.
+    """Run a checkpoint in PyTorch.
 
     Holds all of a small model; of a large one a few tensors, in one pass for all batches.
 
@@ -51,16 +54,18 @@ def references_of(
         merged: the checkpoint, lazy; read once.
         batches: the arguments of each forward call.
         whole: up to how many bytes in fp32 a model is small.
+        dtype: that is computed in, fp32 or fp64.
 
     Raises:
         VerificationError: a tensor that the model needs is missing, or PyTorch cannot run it.
     """
     if sum(4 * tensor.numel for tensor in merged.values()) <= whole:
-        return References(_loaded(merged, batches), BY_TRANSFORMERS)
+        return References(_loaded(merged, batches, dtype), BY_TRANSFORMERS)
     try:
         with single_threaded_tasks():  # as they were written
             found = {
-                number: arrays_of(outputs) for number, outputs in run(open_model(merged), batches)
+                number: arrays_of(outputs)
+                for number, outputs in run(open_model(merged, dtype), batches)
             }
     except InputError as error:
         raise VerificationError(f"PyTorch cannot run what was exported: {error}") from error
@@ -84,7 +89,7 @@ def arrays_of(outputs: Mapping[str, Any]) -> Arrays:
     }
 
 
-def _loaded(merged: Checkpoint, batches: Sequence[Batch]) -> list[Arrays]:
+def _loaded(merged: Checkpoint, batches: Sequence[Batch], dtype: torch.dtype) -> list[Arrays]:
     assert merged.config is not None  # the exporter has built a graph from it
     cls, config = load_class(merged.config)
     with single_threaded_tasks():  # as they were written
@@ -95,7 +100,7 @@ def _loaded(merged: Checkpoint, batches: Sequence[Batch]) -> list[Arrays]:
                 None,
                 config=config,
                 state_dict=tensors,
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
             )
     except Exception as error:
