@@ -26,8 +26,9 @@ from loratool.reports import Report
 from loratool.shell import build_shell
 from loratool.sources import resolve
 from loratool.steps.export import Export
-from loratool_plugins.exporters.onnx import DATA_FILE, MODEL_FILE, Onnx, open_session
+from loratool_plugins.exporters.onnx import Onnx, open_session
 from loratool_plugins.exporters.onnx.comparing import TOLERANCES, Tolerance
+from loratool_plugins.exporters.onnx.deployment import DATA_FILE, MODEL_FILE
 from loratool_plugins.exporters.onnx.generation import generate, prompts_for
 from loratool_plugins.exporters.onnx.preparation import prepare
 from loratool_plugins.exporters.onnx.sessions import shortfall, usable
