@@ -39,7 +39,7 @@ PROVIDERS: Mapping[str, str] = {
     "dml": "DmlExecutionProvider",
 }
 # Weights up to this many bytes are run as users run them, whatever ONNX Runtime copies of them.
-SMALL = 256 << 20
+SMALL = 64 << 20
 # Bytes of weights in a piece of a larger model.
 PIECE = 64 << 20
 _FATAL, _WARNING = 4, 2
