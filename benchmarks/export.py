@@ -20,7 +20,7 @@ from pathlib import Path
 
 from files import weight_files, write_json
 from growth import EXCLUDED, RANK, SIZES, linear_parameters, make_pair
-from measure import MIB, Measurement, measure, warm_cache
+from measure import MIB, checked, measure, warm_cache
 
 FORMS = {"standard": ("--no-fuse",), "fused": (), "linked": ("--link",)}
 PEER = """
@@ -110,13 +110,6 @@ def measured(
     disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
     return Row(what, size, linear_parameters(pair), found.wall, found.cpu, found.private, disk)
-
-
-def checked(run: Measurement) -> Measurement:
-    """The run, if it succeeded."""
-    if run.status:
-        sys.exit(f"error: {' '.join(run.command)}:\n{run.output}")
-    return run
 
 
 def line(row: Row) -> str:

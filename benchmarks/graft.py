@@ -23,7 +23,7 @@ from pathlib import Path
 
 from files import weight_files, write_json
 from growth import EXCLUDED, RANK, make_pair
-from measure import MIB, Measurement, measure, warm_cache
+from measure import MIB, checked, measure, warm_cache
 
 EXPORT = """
 import sys, torch
@@ -157,13 +157,6 @@ def row(what: str, adapter: str, pair: Path, commands: list[list[str | Path]], w
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def checked(run: Measurement) -> Measurement:
-    """The run, if it succeeded."""
-    if run.status:
-        sys.exit(f"error: {' '.join(run.command)}:\n{run.output}")
-    return run
 
 
 def line(found: Row) -> str:

@@ -108,6 +108,13 @@ def measure(
     )
 
 
+def checked(run: Measurement) -> Measurement:
+    """The run, if it succeeded; ends this process with its output if not."""
+    if run.status:
+        sys.exit(f"error: {' '.join(run.command)}:\n{run.output}")
+    return run
+
+
 def private_memory(pid: int) -> int:
     """Sums the private memory of a process and its descendants.
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from files import weight_files
-from measure import Measurement, measure, warm_cache
+from measure import Measurement, checked, measure, warm_cache
 
 MIB = 2**20
 PEFT = """
@@ -98,12 +98,6 @@ def small_merge(arguments: argparse.Namespace, work: Path) -> Measurement:
     checked(measure([arguments.loratool, "extract", base, tuned, *words], work / "log"))
     command = [arguments.loratool, "merge", "--quiet", base, adapter, "-o", work / "small"]
     return checked(measure(command, work / "log"))
-
-
-def checked(run: Measurement) -> Measurement:
-    if run.status:
-        raise SystemExit(f"{' '.join(run.command)} failed:\n{run.output}")
-    return run
 
 
 def line(name: str, runs: list[Measurement]) -> str:

@@ -318,26 +318,50 @@ def _graph_files(path: Path) -> list[Path]:
     return files
 
 
+def start_session(
+    model: str | bytes, options: Any, providers: Sequence[Any], told: bool = False, **extra: Any
+) -> Any:
+    """An `onnxruntime.InferenceSession`, with CUDA's libraries found where pip has put them.
+
+    Args:
+        model: the file, or its content.
+        options: an `onnxruntime.SessionOptions`.
+        providers: names of execution providers, or pairs of a name and options.
+        told: whether ONNX Runtime may say on the terminal that it cannot use one of them.
+        extra: further arguments of the session.
+
+    Raises:
+        Exception: ONNX Runtime refuses the model; what it raises has no common class but this.
+    """
+    import onnxruntime as ort
+
+    names = [name if isinstance(name, str) else name[0] for name in providers]
+    # That CUDA cannot be loaded goes to the default logger, whatever the session's level.
+    if not told:
+        ort.set_default_logger_severity(_FATAL)
+    try:
+        with quiet():
+            if "CUDAExecutionProvider" in names and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # prints if they are not there
+            return ort.InferenceSession(model, options, providers=list(providers), **extra)
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+
+
 def _open(path: Path, providers: Sequence[Any] | None, options: Any) -> _Graph:
     import onnxruntime as ort
 
     if options is None:
         options = ort.SessionOptions()
         options.log_severity_level = _ERROR
+    fallback = providers is None
     if providers is None:
         available = ort.get_available_providers()
         providers = [name for name in _GPUS if name in available] + ["CPUExecutionProvider"]
-        # That there is no CUDA here goes to the default logger, whatever the session's severity.
-        ort.set_default_logger_severity(_FATAL)
     try:
-        with quiet():
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # finds CUDA where pip put it; prints if it is not there
-            session = ort.InferenceSession(str(path), options, providers=list(providers))
+        session = start_session(str(path), options, providers, told=not fallback)
     except Exception as error:
         raise InputError(f"{path}: ONNX Runtime refuses it: {shorten(error)}") from error
-    finally:
-        ort.set_default_logger_severity(_WARNING)
     inputs, empty = {}, {}
     device = _device(session)
     for value in session.get_overridable_initializers():

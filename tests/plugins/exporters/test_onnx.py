@@ -28,7 +28,7 @@ from loratool.sources import resolve
 from loratool.steps.export import Export
 from loratool_plugins.exporters.onnx import Onnx, open_session
 from loratool_plugins.exporters.onnx.comparing import TOLERANCES, Tolerance
-from loratool_plugins.exporters.onnx.deployment import DATA_FILE, MODEL_FILE
+from loratool_plugins.exporters.onnx.deployment import DATA_FILE
 from loratool_plugins.exporters.onnx.generation import generate, prompts_for
 from loratool_plugins.exporters.onnx.preparation import prepare
 from loratool_plugins.exporters.onnx.sessions import shortfall, usable
@@ -36,6 +36,7 @@ from loratool_plugins.exporters.onnx.verify import verify_export
 from loratool_plugins.exporters.onnx.weights import Written
 from tests.cli.tiny import loratool, names, refused
 
+MODEL_FILE = "model.onnx"
 VOCABULARY = 40
 _SIZES = {
     "hidden_size": 16,

@@ -30,12 +30,11 @@ from loratool_plugins.exporters.onnx.comparing import TOLERANCES
 from loratool_plugins.exporters.onnx.genai import GENAI_FILE, genai_config, objection
 from loratool_plugins.exporters.onnx.graph import Form, Traced, count_operators, trace
 from loratool_plugins.exporters.onnx.linking import link_weights
-from loratool_plugins.exporters.onnx.preparation import Prepared, prepare
+from loratool_plugins.exporters.onnx.preparation import Prepared, prepare, untied_names
 from loratool_plugins.exporters.onnx.swappable import describe
 from loratool_plugins.exporters.onnx.verify import verify_export
 from loratool_plugins.exporters.onnx.weights import Block, Graph, Written, write_weights
 
-MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The end of a class name -> what pipelines call its task.
@@ -147,13 +146,12 @@ def _compare_with_base(
     Raises:
         VerificationError: a graph of the merged model has more of an operator than the base's.
     """
-    base = prepare(
-        job.plain, _TYPES[job.options.chosen_dtype], job.options.cache, job.options.module
-    )
+    dtype, options = _TYPES[job.options.chosen_dtype], job.options
     merged = {found.graph.name: count_operators(found.graph.model) for found in traced}
     before = merged
-    if base.sources.untied != prepared.sources.untied:
-        again = _trace(base, job.options, opset, progress)
+    if untied_names(job.plain, dtype, options.module) != prepared.sources.untied:
+        base = prepare(job.plain, dtype, options.cache, options.module)
+        again = _trace(base, options, opset, progress)
         before = {found.graph.name: count_operators(found.graph.model) for found in again}
     for name, counts in merged.items():
         own, allowed = _kinds(counts), _kinds(before[name])

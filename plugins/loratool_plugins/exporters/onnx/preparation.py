@@ -51,6 +51,22 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype, cache: bool, module: str
     Raises:
         InputError: the class or function is not there, or tensors are missing or of another shape.
     """
+    shell, tensors, sources, made = _resolved(checkpoint, dtype, module)
+    _take_integers(shell, tensors, sources)
+    names = _first_names(shell, sources)
+    prints = stamp(shell, names)
+    return Prepared(shell, tensors, sources, names, prints, made or stages_of(shell, cache))
+
+
+def untied_names(checkpoint: Checkpoint, dtype: torch.dtype, module: str = "") -> tuple[str, ...]:
+    """Parameters that are tied by config but have values of their own; arguments as `prepare`."""
+    return _resolved(checkpoint, dtype, module)[2].untied
+
+
+def _resolved(
+    checkpoint: Checkpoint, dtype: torch.dtype, module: str
+) -> tuple[Shell, Checkpoint, Sources, tuple[Stage, ...]]:
+    """A model without weights, and where they are found; the stage that a function gives."""
     made: tuple[Stage, ...] = ()
     if module:
         shell, stage = make(module, checkpoint.config, dtype)
@@ -61,11 +77,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype, cache: bool, module: str
         shapes = {name: tensor.shape for name, tensor in checkpoint.items()}
         shell = build_shell(config, dtype)
         tensors = in_memory(checkpoint, build_skeleton(config, shapes, strict=False))
-    sources = resolve(tensors, shell)
-    _take_integers(shell, tensors, sources)
-    names = _first_names(shell, sources)
-    prints = stamp(shell, names)
-    return Prepared(shell, tensors, sources, names, prints, made or stages_of(shell, cache))
+    return shell, tensors, resolve(tensors, shell), made
 
 
 def _first_names(shell: Shell, sources: Sources) -> Mapping[str, str]:

@@ -27,7 +27,8 @@ from onnx.helper import (
 )
 
 from loratool.errors import UsageError, VerificationError
-from loratool.quiet import quiet, shorten
+from loratool.quiet import shorten
+from loratool.runtime import start_session
 from loratool_plugins.exporters.onnx.cpu_form import cpu_form
 from loratool_plugins.exporters.onnx.pieces import Piece, cut, piece_model, weight_bytes
 
@@ -42,7 +43,7 @@ PROVIDERS: Mapping[str, str] = {
 SMALL = 64 << 20
 # Bytes of weights in a piece of a larger model.
 PIECE = 64 << 20
-_FATAL, _WARNING = 4, 2
+_FATAL = 4
 # Weights of these types are cast before a CPU computes with them.
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -285,17 +286,10 @@ def _open(
 ) -> ort.InferenceSession:
     # Folding would store every transposed weight; left as they are, Transpose and MatMul become
     # one node that reads the weight where it lies.
-    unwanted = {"disabled_optimizers": ["ConstantFolding"]} if frugal else {}
-    # That CUDA cannot be loaded goes to the default logger, whatever the session's level.
-    ort.set_default_logger_severity(_FATAL)
+    unwanted: dict[str, Any] = {"disabled_optimizers": ["ConstantFolding"]} if frugal else {}
     try:
-        with quiet():
-            if len(providers) > 1 and hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # finds CUDA where pip put it; prints if it is not there
-            return ort.InferenceSession(model, options, providers=providers, **unwanted)
+        return start_session(model, options, providers, **unwanted)
     except Exception as error:
         raise VerificationError(
             f"{label}: ONNX Runtime {ort.__version__} refuses it: {shorten(error)}"
         ) from error
-    finally:
-        ort.set_default_logger_severity(_WARNING)

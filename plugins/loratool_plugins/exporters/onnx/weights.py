@@ -62,7 +62,7 @@ class Written:
     files: tuple[Path, ...]
 
     def in_several_layouts(self) -> dict[str, int]:
-        """Tensors that were written more than once -> how many times, and the bytes that cost."""
+        """Tensors that were written more than once -> how many times."""
         seen: dict[str, int] = {}
         for block in self.blocks:
             for key in block.origin.keys:

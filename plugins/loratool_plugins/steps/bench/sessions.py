@@ -10,7 +10,8 @@ from typing import Any
 import onnxruntime as ort
 
 from loratool.errors import InputError
-from loratool.quiet import quiet, shorten
+from loratool.quiet import shorten
+from loratool.runtime import start_session
 
 Provider = str
 PROVIDERS: Mapping[str, Provider] = {
@@ -22,7 +23,7 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 # Providers whose device holds inputs and outputs between runs, and what I/O binding calls it.
 _DEVICES = {"CUDAExecutionProvider": "cuda"}
-_FATAL, _WARNING = 4, 2
+_FATAL = 4
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,12 @@ def open_session(path: Path, options: Options) -> Any:
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     available = ort.get_available_providers()
     chosen = [name for name in dict.fromkeys((wanted, PROVIDERS["cpu"])) if name in available]
-    ort.set_default_logger_severity(_FATAL)
     try:
-        with quiet():
-            if _DEVICES.get(wanted) == "cuda" and hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # finds CUDA where pip put it; prints if it is not there
-            return ort.InferenceSession(str(path), settings, providers=chosen)
+        return start_session(str(path), settings, chosen)
     except Exception as error:
         raise InputError(
             f"{path}: ONNX Runtime {ort.__version__} refuses it: {shorten(error)}"
         ) from error
-    finally:
-        ort.set_default_logger_severity(_WARNING)
 
 
 def providers_of(session: Any) -> list[Provider]:
